@@ -1,0 +1,1037 @@
+"""What the five methods share: settings, data, contexts, rollouts, the chunked vocabulary loss, GRPO, answers, FSDP2, logs.
+
+Read it next to a method file. Its order is that of a training step:
+
+    settings -> distributed -> data -> contexts and encoding -> models -> rollout engine
+             -> vocabulary in chunks -> GRPO -> answers -> evaluation -> optimizer -> run folder
+
+Three conventions hold everywhere:
+  * Response tokens are flat. Every per-token quantity is a vector [N] with one entry per response token, and every model's
+    view of them is one row per token, [N, H]. There is no padding in any loss.
+  * Normalisers are weights. A method divides over the whole optimizer step and all ranks before any update, so that each
+    micro-batch only adds (weight * term).sum(). Gradients then do not depend on world size, micro-batch or chunk size.
+  * Importing this file needs torch and nothing else; transformers, datasets, numpy and tyro are imported where they are used.
+"""
+
+import dataclasses
+import datetime
+import functools
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class UserError(SystemExit):
+    """A mistake in the settings or the data: printed as one message that names the thing and the remedy, without a traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(f"\nerror: {message}")
+
+
+# ====================================================================================================== settings
+@dataclass
+class Args:
+    """Settings of every method. A method file extends it; a preset gives the values; flags override the preset."""
+
+    preset: str = ""  # a row of PRESETS in the method file; default: toy without a CUDA device, else the paper's first setting
+    student: str = ""  # checkpoint that is trained: a folder, a hub name, or toy/student
+    teacher: str = ""  # frozen checkpoint that marks every token
+    data: str = ""  # training rows: .parquet/.json/.jsonl/.csv, a folder, a hub name, or toy/train
+    data_split: str = "train"  # which split of data, where it has several
+    eval_data: str = ""  # held-out rows with answers; empty: no evaluation
+    eval_split: str = "test"  # which split of eval_data, where it has several
+    column_problem: str = "problem"  # name of the column with the question
+    column_images: str = "images"  # name of the column with the image, or the list of images
+    column_answer: str = "answer"  # name of the column with the checkable answer
+    skip_bad_rows: bool = False  # leave out rows that fail the checks (they are counted), instead of stopping
+
+    engine: Literal["hf"] = "hf"  # who generates: hf = transformers' generate on a copy of the student
+    prompts: int = 64  # questions a rollout batch, over all ranks
+    group: int = 1  # responses a question (G)
+    updates: int = 1  # optimizer updates a rollout batch; more than one makes the later ones slightly off-policy
+    rollout_batch: int = 64  # responses a rank generates at once
+    temperature: float = 1.0  # sampling temperature of the rollouts
+    top_p: float = 1.0  # nucleus sampling; 1 = off
+    top_k: int = 0  # sample among the k likeliest tokens; 0 = off
+    max_prompt: int = 1024  # longest allowed prompt in tokens, image tokens included
+    max_response: int = 64  # tokens a response may have; longer ones are cut off and kept
+
+    epochs: float = 1.0  # passes over the data
+    max_steps: int = 0  # stop after so many rollout batches; 0 = as many as the epochs need
+    lr: float = 1e-6  # AdamW learning rate
+    weight_decay: float = 0.01  # AdamW weight decay on matrices (not on norms and biases)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # learning rate after the warm-up
+    warmup: int = 0  # updates with a linearly rising learning rate
+    grad_clip: float = 1.0  # largest norm of the gradient
+    micro_batch: int = 8  # sequences a rank puts through the student at once
+    loss_chunk: int = 256  # response tokens whose logits exist at the same time
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the forward and backward passes; the trained weights are float32
+    freeze_vision: bool = False  # keep the vision tower as it is
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third more time
+
+    eval_every: int = 50  # rollout batches between evaluations; 0 = only at the start and the end
+    eval_rows: int = 300  # held-out questions an evaluation asks; 0 = all of them
+    eval_samples: int = 0  # k of Acc@k, pass@k and maj@k at temperature 1, at the end; 0 = greedy Acc@1 only
+    log_samples: int = 8  # responses of the first rank that a step writes to samples.jsonl
+    output: str = ""  # run folder; default: runs/<method>-<preset>-<time>
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
+    seed: int = 0  # order of the data and sampling
+
+
+def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
+    """Command line -> settings: the dataclass's defaults, then the preset, then the flags.
+
+    Returns (args, given): `given` is the set of field names that were on the command line, for `refuse_ignored`.
+    """
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else argv
+    given = {re.sub(r"^no-", "", a[2:].split("=")[0].replace("_", "-")).replace("-", "_") for a in argv if a.startswith("--")}
+    names = [a.split("=", 1)[1] if "=" in a else b for a, b in zip(argv, argv[1:] + [""]) if a.split("=")[0] == "--preset"]
+    preset = names[-1] if names else ("toy" if not torch.cuda.is_available() else next(p for p in presets if p != "toy"))
+    if preset not in presets:
+        raise UserError(f"there is no preset {preset!r}; choose one of: {', '.join(presets)}")
+    default = cls(**presets[preset] | {"preset": preset})
+    args = tyro.cli(cls, args=argv, default=default, description=f"Settings shown are those of the preset {preset!r}.")
+    for name in ("prompts", "group", "updates", "rollout_batch", "max_prompt", "max_response", "micro_batch", "loss_chunk"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    for name, low, high in (("temperature", 1e-6, 100), ("top_p", 1e-6, 1), ("lr", 0, 10), ("grad_clip", 1e-12, math.inf)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must lie in [{low}, {high}]")
+    if (args.prompts * args.group) % args.updates or args.prompts % args.updates:
+        raise UserError(f"--prompts {args.prompts} cannot be dealt out to --updates {args.updates}: choose a divisor")
+    return args, given
+
+
+def refuse_ignored(given: set[str], ignored: dict[str, str]) -> None:
+    """Stop if a flag was given that this run would ignore. `ignored`: field name -> why it has no effect."""
+    for name in sorted(given & set(ignored)):
+        raise UserError(f"--{name.replace('_', '-')} would have no effect: {ignored[name]}. Leave it out, or change the setting it needs")
+
+
+# ====================================================================================================== distributed
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start_distributed(args: Args) -> None:
+    """Join torchrun's process group, or make a group of one, so that a laptop and a node run the same FSDP2 code."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    torch.manual_seed(args.seed + rank())
+    if (args.prompts // args.updates) % world_size():
+        raise UserError(f"{world_size()} ranks cannot share {args.prompts // args.updates} questions an update evenly: choose --prompts as a "
+                        f"multiple of {world_size() * args.updates} (ranks x updates)")
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum of x over all ranks (a new tensor)."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenation of every rank's vector [n_r], which may differ in length, in the order of the ranks."""
+    if world_size() == 1:
+        return x
+    lengths = all_gather_object(len(x))
+    padded = x.new_zeros(max(lengths))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, lengths)])
+
+
+def all_gather_object(x) -> list:
+    """Every rank's (small, picklable) object, in the order of the ranks."""
+    if world_size() == 1:
+        return [x]
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, x)
+    return parts
+
+
+def mean_over_ranks(values: dict[str, list]) -> dict[str, float]:
+    """Mean of each list of numbers over all ranks; lists of a rank without work are empty."""
+    sums = all_sum(torch.tensor([[sum(x), len(x)] for x in values.values()], dtype=torch.float64, device=device()))
+    return {key: (total / max(count, 1)).item() for key, (total, count) in zip(values, sums)}
+
+
+def my_share(items: list) -> list:
+    """This rank's consecutive part of a list that every rank has."""
+    n = len(items) // world_size()
+    return items[rank() * n : (rank() + 1) * n]
+
+
+def say(*words) -> None:
+    """Print on the first rank only."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+# ====================================================================================================== data
+@functools.cache
+def locate(name: str) -> str:
+    """Path of a checkpoint or data set; `toy/...` is built on first use by toy.py, everything else is returned as it is.
+
+    Several processes may ask at once: toy.py holds a lock while it builds, the others wait for it.
+    """
+    match = re.fullmatch(r"(toy(?:-[a-z0-9_]+)?)/(.+)", name)
+    if not match or Path(name).exists():
+        return name
+    family = match[1].partition("-")[2] or "qwen3_vl"
+    script = Path(__file__).with_name("toy.py")
+    if not script.exists():
+        raise UserError(f"{name!r} is built by toy.py, which is not beside {Path(__file__).name}. Copy it there, or name your own "
+                        "checkpoints and data with --student, --teacher, --data and --eval-data")
+    result = subprocess.run([sys.executable, script, "--family", family], stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise UserError(f"toy.py could not build {name!r} (see above)")
+    path = Path(result.stdout.strip().splitlines()[-1]) / match[2]
+    if not path.exists():
+        raise UserError(f"the toy has no {match[2]!r}; it has: {', '.join(sorted(p.name for p in path.parent.iterdir() if p.is_dir()))}")
+    return str(path)
+
+
+class Rows:
+    """A data set as rows {problem, images, answer, index, ...}: columns renamed, images decoded when a row is read."""
+
+    def __init__(self, name: str, split: str, columns: dict[str, str]):
+        """`columns`: our name -> the data's name. Only the names given here have to exist."""
+        import datasets
+
+        path = Path(locate(name))
+        kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+        self.name, self.root = name, path.parent if path.is_file() else path
+        try:
+            if path.is_file():
+                if path.suffix not in kinds:
+                    raise UserError(f"--data {name!r}: {path.suffix!r} files are not read; use {', '.join(kinds)}, a folder or a hub name")
+                data = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+            elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+                data = datasets.load_from_disk(str(path))
+            else:
+                data = datasets.load_dataset(str(path))
+        except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as e:
+            raise UserError(f"data set {name!r} was not found: it is no local file or folder, and the hub says: {e}") from None
+        except StopIteration:  # what an empty file makes of the json reader
+            raise UserError(f"data set {name!r} is empty") from None
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as e:
+            raise UserError(f"data set {name!r} could not be read: {e}") from None
+        if isinstance(data, dict):
+            if split not in data:
+                raise UserError(f"data set {name!r} has no split {split!r}; it has: {', '.join(data)}")
+            data = data[split]
+        missing = {ours: theirs for ours, theirs in columns.items() if theirs not in data.column_names}
+        for ours, theirs in missing.items():
+            raise UserError(f"data set {name!r} has no column {theirs!r}; it has: {', '.join(data.column_names)}. "
+                            f"Say which one holds the {ours} with --column-{ours} NAME")
+        if len(data) == 0:
+            raise UserError(f"data set {name!r} is empty")
+        self.columns = {c: c for c in data.column_names} | columns
+        for column in [c for c in data.column_names if "Image(" in str(data.features[c])]:
+            raw = datasets.Image(decode=False)  # decoding is ours, so that a broken image can be named by its row
+            data = data.cast_column(column, raw if isinstance(data.features[column], datasets.Image) else datasets.List(raw))
+        self.data, self.kept = data, list(range(len(data)))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, i: int) -> dict:
+        """Row i. Raises OSError or ValueError if an image cannot be read."""
+        raw = self.data[self.kept[i]]
+        row = {ours: raw[theirs] for ours, theirs in self.columns.items() if theirs in raw} | {"index": self.kept[i]}
+        if "images" in row:
+            images = row["images"] if isinstance(row["images"], list) else [row["images"]]
+            row["images"] = [open_image(image, self.root) for image in images if image is not None]
+        return row
+
+    def check(self, skip: bool, min_side: int = 0, answers: bool = False, length=None) -> None:
+        """Read every row once, each rank its share, before any model is loaded. Stops with the bad rows named, or skips them.
+
+        min_side: smallest image side in pixels, 0 where images are not needed. answers: must be non-empty.
+        length: fn(row) -> None, or what is wrong with it.
+        """
+
+        def wrong(i: int) -> str | None:
+            try:
+                row = self[i]
+            except (OSError, ValueError, SyntaxError) as e:  # what PIL raises on missing, truncated or unreadable files
+                return f"row {i}: the image cannot be read ({e})"
+            if not str(row["problem"] or "").strip():
+                return f"row {i}: the question is empty"
+            if min_side and not row.get("images"):
+                return f"row {i}: there is no image"
+            if min_side and min(min(image.size) for image in row["images"]) < min_side:
+                return f"row {i}: an image is {row['images'][0].size[0]} x {row['images'][0].size[1]} pixels, smaller than a patch ({min_side})"
+            if answers and (row.get("answer") is None or not str(row["answer"]).strip()):
+                return f"row {i}: the answer is empty, and this run needs it for its reward or evaluation"
+            return f"row {i}: {problem}" if length and (problem := length(row)) else None
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(wrong, range(rank(), len(self), world_size())))
+        bad = sorted((message for part in all_gather_object([m for m in found if m]) for message in part), key=lambda m: int(m[4 : m.index(":")]))
+        if bad and not skip:
+            more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+            raise UserError(f"{len(bad)} of {len(self)} rows of {self.name!r} cannot be used:\n  " + "\n  ".join(bad[:10]) + more +
+                            "\nMend them, or leave them out with --skip-bad-rows")
+        dropped = {int(m[4 : m.index(":")]) for m in bad}
+        self.kept = [k for i, k in enumerate(self.kept) if i not in dropped]
+        if bad:
+            say(f"{self.name}: {len(bad)} bad rows skipped, {len(self)} left; the first: {bad[0]}")
+        if not self.kept:
+            raise UserError(f"every row of {self.name!r} is bad; the first: {bad[0]}")
+
+
+def open_image(image, root: Path):
+    """PIL image, {"bytes", "path"}, bytes, or a path relative to the data -> RGB PIL image, fully decoded."""
+    from PIL import Image
+
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    if isinstance(image, str):
+        image = Path(root, image)
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+
+
+# ====================================================================================================== contexts and encoding
+@dataclass
+class Context:
+    """What a model sees before the response: chat messages, the images they mark in order, and the beginning of the answer."""
+
+    messages: list[dict]
+    images: list = field(default_factory=list)
+    prefill: str = ""
+
+
+def user_message(text: str, images: int) -> dict:
+    """A user turn with `images` images: where the text marks them with <image>, else in front. 0 removes the marks as well.
+
+    user_message("<image>How many?", 1) -> content [image, "How many?"]
+    user_message("<image>How many?", 0) -> content ["How many?"]
+    """
+    pieces = [piece for piece in re.split(r"(<image>)", text) if piece]
+    marks = pieces.count("<image>")
+    if images and marks != images:
+        pieces = ["<image>"] * images + [piece for piece in pieces if piece != "<image>"]
+    content = [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces]
+    content = [item for item in content if images or item["type"] == "text"]
+    if content and content[0]["type"] == "text":
+        content[0]["text"] = content[0]["text"].lstrip()
+    return {"role": "user", "content": content}
+
+
+@dataclass
+class Prompt:
+    """An encoded context: token ids with every image placeholder expanded, and the images' patches."""
+
+    ids: list[int]
+    pixels: Tensor | None = None  # [patches, patch_dim]
+    grid: Tensor | None = None  # [images, 3]: time, height, width in patches
+
+
+class Processor:
+    """Tokenizer and image processor of one checkpoint: contexts -> prompts, prompts + responses -> batches."""
+
+    def __init__(self, name: str):
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+        path = locate(name)
+        self.name = name
+        try:
+            self.config = AutoConfig.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as e:
+            raise UserError(f"checkpoint {name!r} cannot be read: {str(e).splitlines()[0]}") from None
+        self.image_id = getattr(self.config, "image_token_id", None)  # None: a text-only model
+        if self.image_id is not None:
+            self.images = AutoImageProcessor.from_pretrained(path, backend="pil")  # one backend everywhere: pixels differ between them
+        self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        # A response with an image placeholder would promise the next forward pass an image that is not there: never sample one.
+        vision = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        self.banned = sorted({getattr(self.config, key) for key in vision if getattr(self.config, key, None) is not None})
+        self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
+        self.cache: dict[int, tuple] = {}
+
+    @property
+    def patch(self) -> int:
+        """Side of an image patch in pixels; 0 for a text-only model."""
+        return self.images.patch_size if self.image_id is not None else 0
+
+    def render(self, context: Context) -> str:
+        """The context as the text that the chat template makes of it, one placeholder an image, prefill at the end."""
+        return self.tokenizer.apply_chat_template(context.messages, tokenize=False, add_generation_prompt=True) + context.prefill
+
+    def encode(self, context: Context) -> Prompt:
+        text = self.render(context)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not context.images:
+            if self.image_id is not None and self.image_id in ids:
+                raise UserError(f"a prompt without an image holds an image placeholder; remove it from the question: {text[:200]!r}")
+            return Prompt(ids)
+        if self.image_id is None:
+            raise UserError(f"{self.name!r} is a text-only model and was given an image")
+        pixels = self.images(images=context.images, return_tensors="pt")
+        grid = pixels["image_grid_thw"]
+        counts = iter((grid.prod(-1) // self.images.merge_size**2).tolist())
+        if ids.count(self.image_id) != len(grid):
+            raise UserError(f"a prompt has {len(grid)} images and {ids.count(self.image_id)} image placeholders: {text[:200]!r}")
+        expanded = [i for token in ids for i in ([token] * next(counts) if token == self.image_id else [token])]
+        return Prompt(expanded, pixels["pixel_values"], grid)
+
+    def too_long(self, context: Context, limit: int) -> str | None:
+        """What is wrong with a context whose prompt exceeds `limit` tokens. Cheap: pixels are not made, short texts not tokenized."""
+        text, size = self.render(context), 0
+        for image in context.images:
+            size += self.images.get_number_of_image_patches(image.height, image.width) // self.images.merge_size**2
+        if size + len(text.encode()) <= limit:  # a byte-level token is at least a byte
+            return None
+        size += len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return f"the prompt has {size} tokens; the limit is {limit} (--max-prompt)" if size > limit else None
+
+    def batch(self, prompts: list[Prompt], responses: list[list[int]]) -> dict[str, Tensor]:
+        """Right-padded model inputs, and in rows/cols the positions whose hidden states predict the response tokens.
+
+        The token at position c is predicted at c - 1. Prompt of 3 tokens, response of 2: cols = 2, 3. rows and cols are
+        flat, [N], sequence after sequence; a response may be empty (a rank without work still has to take part).
+        """
+        batch = self.pad([p.ids + list(r) for p, r in zip(prompts, responses)], prompts)
+        spans = [(b, len(p.ids) - 1, len(r)) for b, (p, r) in enumerate(zip(prompts, responses))]
+        batch["rows"] = torch.cat([torch.full((n,), b) for b, _, n in spans])
+        batch["cols"] = torch.cat([torch.arange(start, start + n) for _, start, n in spans])
+        return batch
+
+    def pad(self, ids: list[list[int]], prompts: list[Prompt], left: bool = False) -> dict[str, Tensor]:
+        """Padded input ids with everything else the model wants. mm_token_type_ids: without them Qwen2.5-VL is silently wrong."""
+        width = max(map(len, ids))
+        gap = [[self.pad_id] * (width - len(row)) for row in ids]
+        seen = [[0] * (width - len(row)) for row in ids]
+        batch = {
+            "input_ids": torch.tensor([g + row if left else row + g for g, row in zip(gap, ids)]),
+            "attention_mask": torch.tensor([s + [1] * len(row) if left else [1] * len(row) + s for s, row in zip(seen, ids)]),
+        }
+        if self.image_id is not None:
+            batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_id).int()
+            if any(p.pixels is not None for p in prompts):
+                batch["pixel_values"] = torch.cat([p.pixels for p in prompts if p.pixels is not None])
+                batch["image_grid_thw"] = torch.cat([p.grid for p in prompts if p.grid is not None])
+        return batch
+
+    def blank(self) -> Prompt:
+        """A prompt for a rank that has no work left: with an image, so that its vision tower runs when the others' do."""
+        from PIL import Image
+
+        images = [Image.new("RGB", (4 * self.patch, 4 * self.patch))] if self.image_id is not None else []
+        return self.encode(Context([user_message(" ", len(images))], images))
+
+
+def check_same_inputs(student: Processor, teacher: Processor, texts: list[str]) -> None:
+    """The teacher is to read the student's own prompts and response ids: stop if they would mean something else to it."""
+    texts = texts + [" ".join(map(str, student.tokenizer.all_special_tokens))]
+    for text in texts:
+        ours, theirs = (p.tokenizer(text, add_special_tokens=False)["input_ids"] for p in (student, teacher))
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+            raise UserError(f"the tokenizers of student {student.name!r} and teacher {teacher.name!r} disagree at token {at} of "
+                            f"{text[:80]!r}: ids {ours[at : at + 3]} against {theirs[at : at + 3]}. Choose models of one family")
+    if (student.image_id is None) != (teacher.image_id is None):
+        raise UserError(f"one of student {student.name!r} and teacher {teacher.name!r} sees images and the other does not")
+    if student.image_id is not None:
+        for key in ("patch_size", "merge_size", "temporal_patch_size", "size", "image_mean", "image_std"):
+            ours, theirs = getattr(student.images, key), getattr(teacher.images, key)
+            if ours != theirs:
+                raise UserError(f"student and teacher prepare images differently: {key} is {ours} against {theirs}. Choose models of one family")
+
+
+def load_rows(args: Args, processor: Processor, contexts: list, held_out: bool = False, images: bool = True, answers: bool = True) -> Rows | None:
+    """The training rows, or the held-out ones (None if there are none), read through once and checked before any model is loaded.
+
+    contexts: functions row -> Context whose prompts have to fit into --max-prompt.
+    """
+    name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
+    if not name:
+        return None
+    columns = {"problem": args.column_problem} | ({"images": args.column_images} if images else {}) | ({"answer": args.column_answer} if answers else {})
+    rows = Rows(name, split, columns)
+    if held_out and 0 < args.eval_rows < len(rows):
+        rows.kept = rows.kept[: args.eval_rows]
+
+    def too_long(row: dict) -> str | None:
+        return next((wrong for context in contexts if (wrong := processor.too_long(context(row), args.max_prompt))), None)
+
+    rows.check(args.skip_bad_rows, processor.patch if images else 0, answers, too_long)
+    return rows
+
+
+def count_steps(args: Args, rows: Rows | None) -> int:
+    """Rollout batches of the run: --max-steps, or as many as the epochs hold."""
+    if rows is None:
+        return 0
+    steps = args.max_steps or int(args.epochs * len(rows)) // args.prompts
+    if steps == 0:
+        raise UserError(f"{args.epochs} epochs of {len(rows)} rows do not fill one batch of --prompts {args.prompts}: lower it, or set --max-steps")
+    return steps
+
+
+def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Sequence numbers in groups of `size`, of similar length so that little is padded.
+
+    Every rank gets equally many groups, as each forward and backward pass is a joint one: a rank with fewer gets empty ones.
+    lengths [5, 9, 4], size 2 -> [[2, 0], [1]], and with another rank that has five sequences -> [[2, 0], [1], []]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    return groups + [[]] * (max(all_gather_object(len(groups))) - len(groups))
+
+
+def split(items: list, parts: int) -> list[list]:
+    """Consecutive equal parts."""
+    n = len(items) // parts
+    return [items[i * n : (i + 1) * n] for i in range(parts)]
+
+
+def per_token(lengths: list[int], values: list, dtype=torch.float32) -> Tensor:
+    """One entry per response token, [N]: each response gives a number for all its tokens, or a list of one number a token.
+
+    per_token([2, 1], [7, 8]) -> [7, 7, 8]     per_token([2, 1], [[1, 2], [3]]) -> [1, 2, 3]
+    """
+    flat = [x for n, value in zip(lengths, values) for x in (value if isinstance(value, list) else [value] * n)]
+    return torch.tensor(flat, dtype=dtype, device=device())
+
+
+# ====================================================================================================== models
+class Model(nn.Module):
+    """A checkpoint whose forward pass gives the hidden states of the response positions, or a loss made of them.
+
+    The loss has to be inside: under FSDP2 the head is whole only during the root's forward pass.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype):
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        say(f"loading {name}")
+        path = locate(name)
+        vision = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+        auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        self.name, self.lm = name, auto.from_pretrained(path, dtype=dtype)
+        self.eval()  # no dropout anywhere: the student is scored and trained as it samples
+
+    def forward(self, batch: dict[str, Tensor], loss_fn=None):
+        """batch: from Processor.batch, on this device. Returns hidden states [N, H], or loss_fn(hidden, head [V, H])."""
+        inputs = {key: value for key, value in batch.items() if key not in ("rows", "cols")}
+        hidden = self.lm.model(**inputs, use_cache=False).last_hidden_state[batch["rows"], batch["cols"]]  # [N, H]
+        return hidden if loss_fn is None else loss_fn(hidden, self.lm.lm_head.weight)
+
+    @torch.no_grad()
+    def head(self) -> Tensor:
+        """The whole output matrix [V, H], on every rank."""
+        return whole(self.lm.lm_head.weight)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The full value of a parameter, sharded or not."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+
+
+def shard(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter or gradient."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def load_model(name: str, compute: str, trained: bool, freeze_vision: bool = False, checkpointing: bool = False) -> Model:
+    """Load a checkpoint and shard it over all ranks (FSDP2). Trained weights are float32, frozen ones are in the compute dtype."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dtype = getattr(torch, compute)
+    model = Model(name, torch.float32 if trained else dtype).requires_grad_(trained)
+    if trained and freeze_vision and hasattr(model.lm.model, "visual"):
+        model.lm.model.visual.requires_grad_(False)
+    if trained and checkpointing:
+        model.lm.gradient_checkpointing_enable()
+        model.lm.train()  # transformers checkpoints only in training mode; these models have no dropout unless their config says so
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = dist.device_mesh.init_device_mesh(device().type, (world_size(),))
+    blocks = set(model.lm._no_split_modules or ())
+    for module in [m for m in model.modules() if type(m).__name__ in blocks]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model.to(device())
+
+
+# ====================================================================================================== rollouts
+@dataclass
+class Response:
+    """One sampled answer: its tokens (the end token included, if it got that far) and the sampler's log-prob of each."""
+
+    ids: list[int]
+    log_probs: list[float]
+    finished: bool
+    text: str = ""
+
+
+class HFEngine:
+    """transformers' generate on an unsharded copy of the student, in the compute dtype."""
+
+    def __init__(self, name: str, processor: Processor, args: Args):
+        self.processor, self.args = processor, args
+        self.lm = Model(name, getattr(torch, args.dtype)).requires_grad_(False).to(device()).lm
+        ends = self.lm.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({e for e in [*ends, processor.tokenizer.eos_token_id] if e is not None})
+        width = self.lm.get_input_embeddings().weight.shape[0]
+        self.banned = processor.banned + list(range(processor.vocab, width))  # placeholders, and the padding rows of the head
+
+    @torch.no_grad()
+    def sync(self, named_parameters) -> None:
+        """Take over the student's weights, one whole parameter at a time."""
+        ours = dict(self.lm.named_parameters())
+        for name, parameter in named_parameters:
+            ours[name.removeprefix("lm.")].copy_(whole(parameter))
+
+    @torch.no_grad()
+    def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Response]:
+        """One response a prompt, in order. temperature 0 is greedy. Log-probs are those of the distribution sampled from."""
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        # Fresh settings: a checkpoint's own (top_k 20, a repetition penalty) would silently bend the sampling. All bending
+        # is done by our processors below, so that the Recorder behind them sees it.
+        self.lm.generation_config = GenerationConfig()
+        plain = dict(top_k=0, top_p=1.0, temperature=1.0) if temperature > 0 else {}
+        config = GenerationConfig(max_new_tokens=self.args.max_response, do_sample=temperature > 0, eos_token_id=self.ends,
+                                  pad_token_id=self.processor.pad_id, suppress_tokens=self.banned, **plain)
+        responses: list[Response] = []
+        for start in range(0, len(prompts), self.args.rollout_batch):
+            part = prompts[start : start + self.args.rollout_batch]
+            batch = {k: v.to(device()) for k, v in self.processor.pad([p.ids for p in part], part, left=True).items()}
+            warpers = sampling_processors(temperature, top_p, top_k)
+            output = self.lm.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList(warpers))
+            log_probs = warpers[-1].log_probs(output).tolist()  # [B, T]
+            for ids, values in zip(output[:, batch["input_ids"].shape[1] :].tolist(), log_probs):
+                end = next((i + 1 for i, token in enumerate(ids) if token in self.ends), None)
+                text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+                responses.append(Response(ids[:end], values[: len(ids[:end])], end is not None, text))
+        return responses
+
+
+class Recorder:
+    """Last in the list of logits processors: notes the log-prob of each sampled token.
+
+    It keeps one step's log-probs, [B, V]: the token sampled from them is known when the next step begins.
+    """
+
+    def __init__(self):
+        self.last, self.chosen = None, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.last is not None:
+            self.chosen.append(self.last.gather(-1, input_ids[:, -1:]))
+        self.last = scores.float().log_softmax(-1)
+        return scores
+
+    def log_probs(self, output: Tensor) -> Tensor:
+        """[B, T], once `output` [B, prompt + T] is complete."""
+        return torch.cat([*self.chosen, self.last.gather(-1, output[:, -1:])], dim=-1)
+
+
+def sampling_processors(temperature: float, top_p: float, top_k: int) -> list:
+    """Temperature, top-k and top-p, in that order, and last a Recorder. temperature 0 is greedy: the Recorder alone."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    bend = []
+    if temperature not in (0.0, 1.0):
+        bend.append(TemperatureLogitsWarper(temperature))
+    if temperature and top_k:
+        bend.append(TopKLogitsWarper(top_k))
+    if temperature and top_p < 1:
+        bend.append(TopPLogitsWarper(top_p))
+    return [*bend, Recorder()]
+
+
+# ====================================================================================================== the vocabulary, in chunks
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) = sum_v a_v (log a_v - log b_v) of log-probabilities [..., V] -> [...]; 0 log 0 = 0, also for -inf against -inf."""
+    return (log_a.exp() * (log_a - log_b).masked_fill(log_a == -math.inf, 0.0)).sum(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Entropy in nats of log-probabilities [..., V] -> [...]."""
+    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
+
+
+def gather(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities [N, V] of the tokens ids [N] -> [N]."""
+    return log_p.gather(-1, ids[:, None]).squeeze(-1)
+
+
+def widen(x: Tensor) -> Tensor:
+    """To float32, from anything narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def vocab_terms(fn, pairs, extras=(), vocab: int | None = None, chunk: int = 256) -> Tensor:
+    """Per-token terms of an equation over the vocabulary, without gradient: fn(*logits, *extras) -> K tensors [n].
+
+    pairs: (hidden [N, H], head [V, H]) for each logits argument; extras: [N, ...] tensors. Only the first `vocab` columns
+    of every head are used (what the models share). Logits exist for `chunk` tokens at a time. Returns [K, N] in float32.
+    """
+    with torch.no_grad():
+        parts = [torch.stack(fn(*logits, *extra)) for _, logits, extra in _chunks(pairs, extras, vocab, chunk)]
+    return torch.cat(parts, dim=-1)
+
+
+def _chunks(pairs, extras, vocab, chunk):
+    n = len(pairs[0][0])
+    for start in range(0, max(n, 1), chunk):  # an empty batch is one empty chunk
+        rows = slice(start, min(start + chunk, n))
+        yield rows, [widen(hidden[rows] @ head[:vocab].T) for hidden, head in pairs], [x[rows] for x in extras]
+
+
+class _VocabLoss(torch.autograd.Function):
+    """See vocab_loss. Its forward pass already takes the gradient of every chunk, and keeps only that."""
+
+    @staticmethod
+    def forward(ctx, fn, weights, frozen, extras, vocab, chunk, head, *hidden):
+        wide = torch.promote_types(head.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=head.device)
+        grad_hidden = [torch.zeros_like(h) for h in hidden]
+        grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)  # wide, so that many small chunks do not round away
+        parts = []
+        for rows, logits, extra in _chunks([(h, head) for h in hidden] + list(frozen), extras, vocab, chunk):
+            ours = [z.requires_grad_() for z in logits[: len(hidden)]]
+            with torch.enable_grad():
+                terms = torch.stack(fn(*ours, *logits[len(hidden) :], *extra))  # [K, n]
+                loss = (weights[:, rows] * terms).sum()
+            grads = torch.autograd.grad(loss, ours, allow_unused=True, materialize_grads=True)
+            for h, grad_h, g in zip(hidden, grad_hidden, grads):
+                g = g.to(head.dtype)  # [n, V]
+                torch.mm(g, head[:vocab], out=grad_h[rows])
+                grad_head[:vocab].add_(g.T @ h[rows]) if wide != head.dtype else grad_head[:vocab].addmm_(g.T, h[rows])
+            total += loss.detach()
+            parts.append(terms.detach())
+        ctx.save_for_backward(grad_head.to(head.dtype), *grad_hidden)
+        terms = torch.cat(parts, dim=-1)
+        ctx.mark_non_differentiable(terms)
+        return total, terms
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        grad_head, *grad_hidden = ctx.saved_tensors
+        return (None,) * 6 + (grad_head * grad_total, *(g * grad_total for g in grad_hidden))
+
+
+def vocab_loss(fn, weights: Tensor, hidden, head: Tensor, frozen=(), extras=(), vocab: int | None = None, chunk: int = 256):
+    """sum over k, t of weights[k, t] * terms[k, t], where terms = fn(*logits, *frozen_logits, *extras): K tensors [n].
+
+    hidden: the student's hidden states [N, H], one tensor a context; head [V, H] is shared by them. frozen: (hidden, head)
+    pairs of teachers, no gradient. weights [K, N] must be final, divisors included: that is what allows the gradient to be
+    taken chunk by chunk, so that each head is multiplied once and no logits are kept. Returns (loss, terms [K, N] detached).
+    """
+    return _VocabLoss.apply(fn, weights, tuple(frozen), tuple(extras), vocab, chunk, head, *hidden)
+
+
+# ====================================================================================================== GRPO
+def group_advantages(rewards: Tensor, group: int, eps: float = 1e-6) -> Tensor:
+    """A_i = (r_i - mean) / (std + eps) within each group of `group` consecutive responses; rewards [B] -> [B].
+
+    std is the unbiased one. A group whose rewards are equal gets exactly 0. [1, 0, 0, 1] in one group -> [.87, -.87, -.87, .87].
+    """
+    r = rewards.view(-1, group)
+    if group == 1:
+        return torch.zeros_like(rewards)
+    return ((r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + eps)).view(-1)
+
+
+def clipped_surrogate(log_p: Tensor, old_log_p: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """min(rho A, clip(rho, 1 - low, 1 + high) A) per token, to be maximised; rho = exp(log_p - old_log_p). All [N]."""
+    ratio = (log_p - old_log_p).exp()
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+# ====================================================================================================== answers
+def extract_answer(text: str) -> str | None:
+    r"""The content of the last complete \boxed{...}; without one, the text after the last </reason>; else None.
+
+    "<reason>2 + 2</reason> \boxed{\frac{1}{2}}" -> "\frac{1}{2}".   "<reason>none</reason> (c)" -> "(c)".   "so 4" -> None
+    """
+    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth = 1
+        for i in range(match.end(), len(text)):
+            depth += (text[i] == "{") - (text[i] == "}")
+            if depth == 0:
+                return text[match.end() : i].strip()
+    _, tag, tail = text.rpartition("</reason>")
+    return (tail.strip() or None) if tag else None
+
+
+def is_correct(prediction: str | None, answer: str) -> bool:
+    """Whether an extracted answer equals the reference: as text, then as option letter, as number, and last with math-verify."""
+    if prediction is None:
+        return False
+    ours, gold = _plain(prediction), _plain(extract_answer(answer) or answer)
+    if ours.casefold() == gold.casefold():
+        return True
+    if _option(gold):
+        return _option(ours) == _option(gold)
+    if (number := _number(gold)) is not None and _number(ours) is not None:
+        return _number(ours) == number
+    if max(len(ours), len(gold)) > 200:  # no short answer is this long, and a symbolic parser can be made to hang by one
+        return False
+    import math_verify
+
+    return math_verify.verify(math_verify.parse(f"\\boxed{{{gold}}}"), math_verify.parse(f"\\boxed{{{ours}}}"))
+
+
+def _plain(text: str) -> str:
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text.strip())
+    return re.sub(r"</?answer>", "", text).strip().strip("$").strip().rstrip(".").strip()
+
+
+def _option(text: str) -> str | None:
+    """"(B)", "B", "b." or "B: blue" -> "B"; anything else -> None."""
+    match = re.fullmatch(r"\(?([A-Za-z])(?:\)|[.:)].*)?", text, re.S)
+    return match[1].upper() if match else None
+
+
+def _number(text: str) -> Fraction | None:
+    """"1,200", "-3", "0.50", "3/4", "12 %" -> its exact value."""
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.replace("\u2212", "-")).removesuffix("%").replace("\\", "").strip()
+    match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:\s*/\s*(\d+))?", text)
+    if not match or len(text) > 60 or (match[2] and int(match[2]) == 0):
+        return None
+    return Fraction(match[1]) / int(match[2] or 1)
+
+
+# ====================================================================================================== evaluation
+def evaluate(engine, rows, context, samples: int = 0) -> dict[str, float]:
+    """Accuracy on held-out rows, shared out over the ranks. `context`: fn(row) -> Context.
+
+    acc@1: greedy. With samples = k, at temperature 1: acc@k the mean accuracy of k answers, pass@k the share of questions
+    with at least one right, maj@k the share whose most frequent answer is right.
+    """
+    mine = [rows[i] for i in range(rank(), len(rows), world_size())]
+    prompts = [engine.processor.encode(context(row)) for row in mine]
+    greedy = [is_correct(extract_answer(r.text), str(row["answer"])) for r, row in zip(engine.generate(prompts, 0.0), mine)]
+    sums = [len(mine), sum(greedy), 0.0, 0, 0]
+    if samples:
+        answers = [extract_answer(r.text) for r in engine.generate([p for p in prompts for _ in range(samples)], 1.0)]
+        for i, row in enumerate(mine):
+            given = answers[i * samples : (i + 1) * samples]
+            right = [is_correct(a, str(row["answer"])) for a in given]
+            sums[2] += sum(right) / samples
+            sums[3] += any(right)
+            sums[4] += right[given.index(Counter(given).most_common(1)[0][0])]
+    count, *totals = all_sum(torch.tensor(sums, dtype=torch.float64, device=device())).tolist()
+    names = ["acc@1", f"acc@{samples}", f"pass@{samples}", f"maj@{samples}"][: 4 if samples else 1]
+    return {name: total / count for name, total in zip(names, totals)}
+
+
+# ====================================================================================================== optimizer
+def make_optimizer(model: nn.Module, args: Args, updates: int):
+    """AdamW (decay on matrices only), and a schedule over `updates` updates: warm-up, then constant, linear or cosine to zero."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+
+    def factor(step: int) -> float:
+        if step < args.warmup:
+            return (step + 1) / (args.warmup + 1)
+        done = (step - args.warmup) / max(1, updates - args.warmup)
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
+
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def grad_norm(model: nn.Module) -> Tensor:
+    """L2 norm of the whole gradient over all ranks."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def clip_and_step(model: nn.Module, optimizer, schedule, limit: float) -> float:
+    """Clip the gradient, step, clear. Stops every rank before the weights move if the gradient is not finite. Returns its norm."""
+    norm = grad_norm(model)
+    value = norm.item()  # the step's one synchronisation with the device
+    if not math.isfinite(value):
+        raise RuntimeError(f"the gradient norm is {value}: the weights were left as they are")
+    torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], limit, norm)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    return value
+
+
+# ====================================================================================================== run folder
+class Run:
+    """The folder of a run: args.json, metrics.jsonl (one line a step), samples.jsonl, and at the end final/."""
+
+    def __init__(self, method: str, args: Args):
+        name = f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(all_gather_object(args.output or str(Path("runs", name)))[0])
+        if all_gather_object((self.path / "args.json").exists())[0]:
+            raise UserError(f"{self.path} already holds a run; choose another folder with --output")
+        self.tracker = None
+        if rank() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "args.json").write_text(json.dumps({"method": method, **dataclasses.asdict(args)}, indent=2) + "\n")
+            if args.tracker == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tracker = SummaryWriter(str(self.path))
+            elif args.tracker == "wandb":
+                import wandb
+
+                self.tracker = wandb.init(project="cleanopd", name=self.path.name, dir=str(self.path), config=dataclasses.asdict(args))
+
+    def write(self, file: str, record: dict) -> None:
+        """Append one JSON line, at once on disk: a run that is interrupted leaves whole lines."""
+        if rank() == 0:
+            with open(self.path / file, "a") as f:
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def metrics(self, step: int, values: dict) -> None:
+        """One line of metrics.jsonl. Lists (one value a bin) stay lists there; a tracker gets them one by one."""
+        self.write("metrics.jsonl", {"step": step} | {key: [round(v, 6) for v in x] if isinstance(x, list) else round(x, 6) for key, x in values.items()})
+        if self.tracker is not None:
+            scalars = {key: x for key, x in values.items() if not isinstance(x, list)}
+            scalars |= {f"{key}/{i}": v for key, x in values.items() if isinstance(x, list) for i, v in enumerate(x)}
+            if hasattr(self.tracker, "add_scalar"):
+                for key, value in scalars.items():
+                    self.tracker.add_scalar(key, value, step)
+            else:
+                self.tracker.log(scalars, step=step)
+
+    def save(self, folder: str, model: Model, processor: Processor) -> None:
+        """Write the whole model as an ordinary checkpoint, in the precision the model came with, aside first and then in place."""
+        stored = getattr(processor.config, "dtype", None) or torch.float32
+        weights = {}
+        for name, parameter in model.named_parameters():
+            full = whole(parameter)
+            if rank() == 0:
+                weights[name.removeprefix("lm.")] = full.to(stored).cpu()
+        if rank() == 0:
+            aside = self.path / f".{folder}.partial"
+            save_checkpoint(model.lm, processor, aside, weights)
+            aside.rename(self.path / folder)
+            print(f"saved {self.path / folder}")
+        if world_size() > 1:
+            dist.barrier()
+
+
+def save_checkpoint(lm, processor: Processor, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """What from_pretrained and vLLM load: weights, config, tokenizer with chat template, image processor."""
+    lm.save_pretrained(folder, state_dict=weights)
+    processor.tokenizer.save_pretrained(folder)
+    if processor.image_id is not None:
+        processor.images.save_pretrained(folder)
+
+
+class Progress:
+    """The steps of a run, with a bar: collects what is logged during a step and writes it when the step ends.
+
+    with Progress(run, steps) as progress:
+        for step in progress:                # 1, 2, ..., steps
+            ...; progress.phase("rollout")   # the seconds since the last phase ended
+            progress.log({"std": 0.1})       # several values of a key are averaged
+    """
+
+    def __init__(self, run: Run, steps: int):
+        from tqdm import tqdm
+
+        self.run, self.steps, self.step, self.values, self.shown = run, steps, 0, {}, {}
+        self.bar = tqdm(total=steps, unit="step", disable=rank() != 0, dynamic_ncols=True)
+        self.started = self.mark = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __iter__(self):
+        for self.step in range(1, self.steps + 1):
+            self.values, self.mark = {}, time.perf_counter()
+            yield self.step
+            self.run.metrics(self.step, self.means())
+            self.bar.update()
+
+    def means(self) -> dict:
+        return {key: [sum(column) / len(values) for column in zip(*values)] if isinstance(values[0], list) else sum(values) / len(values)
+                for key, values in self.values.items()}
+
+    def log(self, values: dict) -> None:
+        for key, value in values.items():
+            self.values.setdefault(key, []).append(value)
+        self.shown |= {key: f"{value:.3f}" for key, value in values.items() if key in ("std", "reward", "acc@1")}
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def phase(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.log({f"seconds/{name}": now - self.mark})
+        self.mark = now
+
+    def evaluate(self, engine, rows: Rows | None, context, args: Args) -> None:
+        """Held-out accuracy at the start, at the end and every --eval-every steps; with --eval-samples at the end."""
+        last = self.step == self.steps
+        if rows is None or not (self.step == 0 or last or (args.eval_every and self.step % args.eval_every == 0)):
+            return
+        result = evaluate(engine, rows, context, args.eval_samples if last else 0)
+        self.phase("evaluate")
+        self.log(result)
+        if self.step == 0:
+            self.run.metrics(0, result)
+        if self.step == 0 or last:
+            self.bar.write(f"step {self.step}: " + ", ".join(f"held-out {key} {value:.1%}" for key, value in result.items())) if rank() == 0 else None
+
+    def __exit__(self, kind, error, trace):
+        self.bar.close()
+        if kind is KeyboardInterrupt:
+            raise UserError(f"interrupted in step {self.step} of {self.steps}. {self.run.path} holds the metrics and samples of the steps before "
+                            "it; weights are saved at the end of a run")
+        if kind is None:
+            say(f"{self.steps} steps in {(time.perf_counter() - self.started) / 60:.1f} minutes")
+
+
+def data_order(rows: int, prompts: int, seed: int):
+    """Endless batches of `prompts` row numbers: every epoch a fresh shuffle, no row twice in an epoch, the same on every rank."""
+    generator, queue = torch.Generator().manual_seed(seed), []
+    while True:
+        while len(queue) < prompts:
+            queue += torch.randperm(rows, generator=generator).tolist()
+        yield queue[:prompts]
+        queue = queue[prompts:]

@@ -1,0 +1,65 @@
+"""Shared fixtures: tiny untrained models of the real classes, a tiny data set, and a way to run the real scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import common  # noqa: E402
+import toy  # noqa: E402
+
+
+def make_tiny(folder: Path, family: str = "qwen3_vl") -> None:
+    """Untrained student and teacher (other width, other vocabulary padding), a text-only model, and 24 rows of data, in seconds."""
+    import datasets
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    rows = toy.make_rows(digits.images, digits.target, 24, seed=0)
+    features = datasets.Features({key: datasets.List(datasets.Image()) if key == "images" else datasets.Value("string") for key in rows[0]})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "rows.parquet")
+    texts = [row["problem"] + row["text_problem"] + toy.respond(row, "reason") for row in rows]
+    tokenizer = toy.make_tokenizer(texts)
+    torch.manual_seed(0)
+    for name, kind, hidden, vocab in (("student", family, 64, 512), ("teacher", family, 128, 576), ("text-only", "qwen3", 64, 512)):
+        model = toy.make_model(kind, tokenizer, hidden, 2, 32, vocab)
+        with torch.no_grad():  # sharper than an initialisation, so that the distributions differ from each other
+            for parameter in model.parameters():
+                parameter.mul_(2.0) if parameter.ndim > 1 else None
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        if kind != "qwen3":
+            toy.image_processor(kind).save_pretrained(folder / name)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tiny) -> common.Rows:
+    return common.Rows(str(tiny / "rows.parquet"), "train", {"problem": "problem"})
+
+
+def flags(tiny: Path, output: Path | None = None, **changes) -> list[str]:
+    """A short run on the tiny models; changes override or add flags (None removes one)."""
+    values = dict(preset="toy", student=tiny / "student", teacher=tiny / "teacher", data=tiny / "rows.parquet", eval_data=tiny / "rows.parquet",
+                  eval_split="train", prompts=4, max_steps=2, max_response=12, micro_batch=3, eval_rows=4, eval_every=0, output=output) | changes
+    return [part for key, value in values.items() if value is not None for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def run_script(*argv, torchrun: int = 0, timeout: int = 300, cwd: Path = ROOT, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Run a script of this folder as a user would, under torchrun with `torchrun` processes if that is not 0."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)] if torchrun else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""} | (env or {})
+    return subprocess.run([sys.executable, *launch, *map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -1,0 +1,195 @@
+"""The shared pieces: the chunked vocabulary loss, flat tokens, encoding, answers, data order."""
+
+import math
+
+import pytest
+import torch
+
+import common
+
+
+# ---------------------------------------------------------------------------------------------------- the vocabulary, in chunks
+def problem(dtype, n=23, v=37, h=8):
+    torch.manual_seed(0)
+    hidden = [torch.randn(n, h, dtype=dtype, requires_grad=True) for _ in range(2)]
+    head = torch.randn(v, h, dtype=dtype, requires_grad=True)
+    frozen = [(torch.randn(n, 5, dtype=dtype), torch.randn(v + 6, 5, dtype=dtype)) for _ in range(2)]  # wider, more padding rows
+    ids, weights = torch.randint(0, v - 2, (n,)), torch.rand(2, n, dtype=dtype)
+    return hidden, head, frozen, ids, weights
+
+
+def two_terms(a, b, c, d, ids):
+    """A term with both student contexts and both teachers, and one with gathered ids."""
+    a, b, c, d = (z.log_softmax(-1) for z in (a, b, c, d))
+    return common.kl(a, (b.detach() + c - d).log_softmax(-1)) + common.kl(b, d), -common.gather(a, ids)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 23, 1000])
+def test_vocab_loss_equals_the_whole_logits(chunk):
+    """Loss, terms and gradients for hidden states and head: the same as autograd through whole logits, for every chunk size."""
+    hidden, head, frozen, ids, weights = problem(torch.float64)
+    vocab = 35  # fewer than either head has
+    loss, terms = common.vocab_loss(two_terms, weights, hidden, head, frozen, [ids], vocab, chunk)
+    (3 * loss).backward()
+    ours = [loss.detach(), terms, *(x.grad.clone() for x in (*hidden, head))]
+    for x in (*hidden, head):
+        x.grad = None
+    logits = [x @ head[:vocab].T for x in hidden] + [x @ w[:vocab].T for x, w in frozen]
+    whole = torch.stack(two_terms(*logits, ids))
+    total = (weights * whole).sum()
+    (3 * total).backward()
+    for got, expected in zip(ours, [total.detach(), whole.detach(), *(x.grad for x in (*hidden, head))]):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+    assert head.grad[vocab:].abs().max() == 0 and head.grad[:vocab].abs().max() > 1e-2
+
+
+def test_vocab_loss_passes_gradcheck():
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(4, 5, dtype=torch.float64).log_softmax(-1)
+
+    def loss(hidden, head):
+        return common.vocab_loss(lambda z, q: (common.kl(z.log_softmax(-1), q),), torch.ones(1, 4, dtype=torch.float64), [hidden], head, extras=[target], chunk=3)[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden, head))
+
+
+def test_vocab_loss_of_no_tokens_is_zero_with_zero_gradients():
+    hidden, head = torch.zeros(0, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
+    loss, terms = common.vocab_loss(lambda z: (z.logsumexp(-1),), torch.zeros(1, 0), [hidden], head)
+    loss.backward()
+    assert loss.item() == 0 and terms.shape == (1, 0) and not head.grad.any() and hidden.grad.shape == (0, 8)
+
+
+def test_vocab_terms_are_those_of_the_loss():
+    hidden, head, frozen, ids, weights = problem(torch.float32)
+    _, terms = common.vocab_loss(two_terms, weights, hidden, head, frozen, [ids], 35, 7)
+    again = common.vocab_terms(two_terms, [(x, head) for x in hidden] + frozen, [ids], 35, 5)
+    torch.testing.assert_close(terms, again)
+
+
+def test_kl_and_entropy_of_certain_and_impossible_tokens():
+    a = torch.tensor([[0.0, -math.inf], [math.log(0.5), math.log(0.5)]], requires_grad=True)
+    b = torch.tensor([[math.log(0.25), math.log(0.75)], [math.log(0.25), math.log(0.75)]])
+    torch.testing.assert_close(common.kl(a, b), torch.tensor([math.log(4), math.log(2 / math.sqrt(3))]))
+    torch.testing.assert_close(common.entropy(a), torch.tensor([0.0, math.log(2)]))
+    common.kl(a, b).sum().backward()
+    assert a.grad.isfinite().all()
+    assert common.kl(b, a.detach())[0] == math.inf  # mass where the other has none: infinite, not hidden
+
+
+# ---------------------------------------------------------------------------------------------------- flat tokens, encoding
+def test_per_token():
+    assert common.per_token([2, 1, 0], [7, 8, 9]).tolist() == [7, 7, 8]
+    assert common.per_token([2, 0, 1], [[1, 2], [], [3]], torch.long).tolist() == [1, 2, 3]
+
+
+def test_micro_batches_cover_everything_once_and_sort_by_length():
+    lengths = [5, 9, 4, 7, 7, 1, 3]
+    groups = common.micro_batches(lengths, 3)
+    assert sorted(i for g in groups for i in g) == list(range(7)) and [len(g) for g in groups] == [3, 3, 1]
+    assert [lengths[i] for g in groups for i in g] == sorted(lengths)
+    assert common.micro_batches([], 3) == []
+
+
+def test_user_message_places_images_where_they_are_marked():
+    def kinds(message):
+        return [item.get("text", "*") for item in message["content"]]
+
+    assert kinds(common.user_message("<image>How many?", 1)) == ["*", "How many?"]
+    assert kinds(common.user_message("How many?", 1)) == ["*", "How many?"]
+    assert kinds(common.user_message("Is <image> like <image>?", 2)) == ["Is ", "*", " like ", "*", "?"]
+    assert kinds(common.user_message("<image>\nHow many?", 0)) == ["How many?"]
+    assert kinds(common.user_message("Is <image> odd?", 2)) == ["*", "*", "Is ", " odd?"]  # marks and images disagree: in front
+
+
+def test_prompts_equal_the_transformers_processor(tiny, tiny_rows):
+    """Expanded placeholders and pixels as transformers' own Qwen3VLProcessor makes them, where it can be built."""
+    processor = common.Processor(str(tiny / "student"))
+    row = tiny_rows[0]
+    prompt = processor.encode(common.Context([common.user_message(row["problem"], 1)], row["images"]))
+    width, height = row["images"][0].size
+    tokens = (width // 32) * (height // 32)
+    assert prompt.ids.count(processor.image_id) == tokens == 3
+    assert prompt.pixels.shape == (tokens * 4, 3 * 2 * 16 * 16) and prompt.grid.tolist() == [[1, height // 16, width // 16]]
+
+
+def test_batch_points_at_the_positions_that_predict_the_response(tiny):
+    """cols hold, for every response token, the position before it; the tokens there are checked by decoding."""
+    processor = common.Processor(str(tiny / "text-only"))
+    prompts = [common.Prompt([1, 2, 3]), common.Prompt([4, 5, 6, 7, 8])]
+    batch = processor.batch(prompts, [[10, 11], [12]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 11, processor.pad_id], [4, 5, 6, 7, 8, 12]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6]
+    assert batch["rows"].tolist() == [0, 0, 1] and batch["cols"].tolist() == [2, 3, 4]
+    assert batch["input_ids"][batch["rows"], batch["cols"] + 1].tolist() == [10, 11, 12]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_log_probs_do_not_depend_on_padding_or_neighbours(family, tmp_path):
+    """Alone or in a batch with longer sequences and another image, a response has the same hidden states."""
+    from conftest import make_tiny
+
+    make_tiny(tmp_path, family)
+    rows = common.Rows(str(tmp_path / "rows.parquet"), "train", {"problem": "problem"})
+    processor, model = common.Processor(str(tmp_path / "student")), common.Model(str(tmp_path / "student"), torch.float32)
+    contexts = [common.Context([common.user_message(rows[i]["problem"], 1)], rows[i]["images"]) for i in range(2)]
+    contexts.append(common.Context([common.user_message(rows[0]["problem"] + " " * 9, 0)]))
+    prompts, responses = [processor.encode(c) for c in contexts], [[40, 41, 42], [50], [60, 61, 62, 63, 64]]
+    with torch.no_grad():
+        together = model(processor.batch(prompts, responses))
+        alone = torch.cat([model(processor.batch([p], [r])) for p, r in zip(prompts, responses)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+@pytest.mark.parametrize("text, answer", [
+    (r"<reason>2 + 2</reason> \boxed{4}", "4"),
+    (r"\boxed{3} no, \boxed{4}", "4"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{4} and \boxed{5", "4"),  # cut off: the last complete one
+    (r"\boxed {4}", "4"),
+    ("<reason>none fits</reason> (c)", "(c)"),
+    ("<reason>none fits</reason>", None),
+    ("so it is 4", None),
+    ("", None),
+])
+def test_extract_answer(text, answer):
+    assert common.extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("prediction, answer, right", [
+    ("12", "12", True), ("12.0", "12", True), ("1,200", "1200", True), ("-3", "\u22123", True), ("3/4", "0.75", True), (r"\frac{1}{2}", "0.5", True),
+    ("12", "13", False), ("0.3333", "1/3", False), ("50\\%", "50", True), ("1/0", "1", False),
+    ("B", "(B)", True), ("(b)", "B", True), ("B: blue", "B", True), ("B) blue", "(B)", True), ("because", "B", False), ("A", "B", False),
+    (r"\text{Yes}", "yes", True), ("No.", "No", True), ("x^2+1", "1+x^2", True), ("x^2", "x^3", False),
+    ("(1, 2)", "(1,2)", True), ("", "1", False), (None, "1", False), ("4", r"the answer is \boxed{4}", True),
+    ("9" * 400, "9" * 399 + "8", False), ("__import__('os').system('true')", "0", False),
+])
+def test_is_correct(prediction, answer, right):
+    assert common.is_correct(prediction, answer) is right
+
+
+# ---------------------------------------------------------------------------------------------------- data order, schedule
+def test_data_order_repeats_nothing_within_an_epoch_and_depends_on_the_seed():
+    order = common.data_order(10, 4, seed=0)
+    drawn = [i for _ in range(5) for i in next(order)]
+    assert sorted(drawn[:10]) == list(range(10)) and sorted(drawn[10:]) == list(range(10))
+    assert drawn[:4] == next(common.data_order(10, 4, seed=0)) != next(common.data_order(10, 4, seed=1))
+
+
+@pytest.mark.parametrize("schedule, expected", [
+    ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1]), ("linear", [0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25]),
+    ("cosine", [0.25, 0.5, 0.75, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+])
+def test_schedules(schedule, expected):
+    model = torch.nn.Linear(2, 2)
+    optimizer, scheduler = common.make_optimizer(model, common.Args(lr=1.0, warmup=3, schedule=schedule), updates=7)
+    seen = []
+    for _ in range(7):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx(expected)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01 and optimizer.param_groups[1]["weight_decay"] == 0  # biases do not decay

@@ -1,0 +1,117 @@
+"""The hf engine and the contexts: what is sampled, with which log-prob, and that the image is really seen."""
+
+import pytest
+import torch
+
+import common
+import vgs
+
+
+@pytest.fixture(scope="module")
+def processor(tiny):
+    return common.Processor(str(tiny / "student"))
+
+
+def engine(tiny, processor, **changes):
+    return common.HFEngine(str(tiny / "student"), processor, common.Args(dtype="float32", rollout_batch=16, **changes))
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.8, 0), (1.3, 0.9, 20)])
+def test_log_probs_are_those_of_the_distribution_sampled_from(tiny, tiny_rows, processor, temperature, top_p, top_k):
+    """Against a forward pass of the trainer's kind, with the same tokens banned and the same temperature, top-k and top-p."""
+    torch.manual_seed(0)
+    hf = engine(tiny, processor, max_response=9)
+    prompts = [processor.encode(vgs.with_image(tiny_rows[i])) for i in range(5)]
+    responses = hf.generate(prompts, temperature, top_p, top_k)
+    model = common.Model(str(tiny / "student"), torch.float32)
+    with torch.no_grad():
+        logits = model(processor.batch(prompts, [r.ids for r in responses])) @ model.head().T
+    logits[:, hf.banned] = -torch.inf
+    p = (logits.double() / temperature).softmax(-1)
+    if top_k:
+        p = torch.where(p >= p.topk(top_k).values[:, -1:], p, 0.0)
+        p = p / p.sum(-1, keepdim=True)
+    if top_p < 1:  # the smallest set of likeliest tokens whose mass reaches top_p
+        values, order = p.sort(descending=True)
+        values[values.cumsum(-1) - values >= top_p] = 0.0
+        p = torch.zeros_like(p).scatter(-1, order, values)
+        p = p / p.sum(-1, keepdim=True)
+    ids = torch.tensor([i for r in responses for i in r.ids])
+    expected = p[torch.arange(len(ids)), ids].log()
+    got = torch.tensor([v for r in responses for v in r.log_probs], dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+def test_placeholders_and_padding_rows_are_never_sampled(tiny, tiny_rows, processor):
+    """At temperature 20 tokens are nearly uniform: without the ban hundreds of these would be placeholders or padding rows."""
+    torch.manual_seed(0)
+    hf = engine(tiny, processor, max_response=32)
+    assert processor.image_id in hf.banned and 511 in hf.banned and len(hf.banned) > 8
+    prompts = [processor.encode(vgs.with_image(tiny_rows[i % 24])) for i in range(64)]
+    sampled = [token for r in hf.generate(prompts, 20.0) for token in r.ids]
+    assert len(sampled) > 1000 and not set(sampled) & set(hf.banned)
+
+
+def test_greedy_repeats_itself_and_responses_end_once(tiny, tiny_rows, processor):
+    hf = engine(tiny, processor, max_response=16)
+    prompts = [processor.encode(vgs.with_image(tiny_rows[i])) for i in range(6)]
+    first, second = hf.generate(prompts, 0.0), hf.generate(prompts, 0.0)
+    assert [r.ids for r in first] == [r.ids for r in second]
+    torch.manual_seed(0)
+    for r in hf.generate(prompts * 10, 3.0):
+        assert r.finished == (r.ids[-1] in hf.ends) and not set(r.ids[:-1]) & set(hf.ends)
+        assert r.finished or len(r.ids) == 16
+        assert len(r.ids) == len(r.log_probs)
+
+
+def test_sync_takes_over_every_weight(tiny, processor):
+    hf = engine(tiny, processor)
+    model = common.Model(str(tiny / "student"), torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.rand_like(parameter))
+    hf.sync(model.named_parameters())
+    for (name, ours), (_, theirs) in zip(hf.lm.named_parameters(), model.lm.named_parameters()):
+        assert torch.equal(ours, theirs), name
+
+
+def log_probs(model, processor, context, ids):
+    with torch.no_grad():
+        hidden = model(processor.batch([processor.encode(context)], [ids]))
+        return common.gather((hidden @ model.head().T).log_softmax(-1), torch.tensor(ids))
+
+
+def test_changing_the_image_changes_teacher_and_student(tiny, tiny_rows, processor):
+    """With the image the same response gets other log-probs when the image changes; without it, the image cannot matter."""
+    row, ids = tiny_rows[0], [40, 41, 42, 43]
+    other = row | {"images": tiny_rows[1]["images"]}
+    for name in ("student", "teacher"):
+        model = common.Model(str(tiny / name), torch.float32)
+        with_one, with_other = (log_probs(model, processor, vgs.with_image(r), ids) for r in (row, other))
+        assert (with_one - with_other).abs().max() > 1e-3, name
+        assert torch.equal(log_probs(model, processor, vgs.without_image(row), ids), log_probs(model, processor, vgs.without_image(other), ids))
+
+
+def test_the_text_only_context_holds_no_image(tiny_rows, processor):
+    for i in range(6):
+        image, text = processor.encode(vgs.with_image(tiny_rows[i])), processor.encode(vgs.without_image(tiny_rows[i]))
+        assert image.ids.count(processor.image_id) == 3 and image.pixels is not None
+        assert text.pixels is None and not set(text.ids) & set(processor.banned)
+        kept = [t for t in image.ids if t not in processor.banned]
+        assert kept == text.ids, "nothing but the image differs"
+
+
+def test_an_image_placeholder_in_the_question_is_refused(processor):
+    with pytest.raises(common.UserError, match="placeholder"):
+        processor.encode(common.Context([{"role": "user", "content": "what is <|image_pad|> ?"}]))
+
+
+def test_group_responses_are_consecutive_and_rewarded_within_their_group(tiny, tiny_rows, processor, monkeypatch):
+    hf = engine(tiny, processor, max_response=4)
+    texts = iter([r"\boxed{X}", r"\boxed{no}", r"\boxed{no}", r"\boxed{no}"])
+    monkeypatch.setattr(hf, "generate", lambda prompts, *_: [common.Response([1], [0.0], True, next(texts)) for _ in prompts])
+    models = vgs.Models(processor, None, None, hf, None, 0, None, None)
+    rows = [tiny_rows[0] | {"answer": "X"}, tiny_rows[1] | {"answer": "Y"}]
+    samples = vgs.rollout(rows, models, vgs.Args(method="grpo", group=2))
+    assert [s.row["index"] for s in samples] == [0, 0, 1, 1] and [s.reward for s in samples] == [1, 0, 0, 0]
+    assert [round(s.advantage, 3) for s in samples] == [0.707, -0.707, 0, 0]

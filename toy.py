@@ -1,0 +1,323 @@
+"""The embedded default: real handwriting and small real models, written as ordinary data sets and checkpoints.
+
+    python toy.py                         builds into ~/.cache/cleanopd (or $CLEANOPD_CACHE) and prints the folder
+    python toy.py --family qwen2_5_vl     the same with Qwen2.5-VL classes
+
+A question shows a strip of three of the 1,797 handwritten digits that scikit-learn ships (8 x 8 scans, enlarged to 32 x 32
+pixels) and asks for their sum, their largest, ... Seeing is hard and reasoning is easy, and the two can be told apart in the
+answer: a wrong digit is an error of perception, a wrong sum one of reasoning. The digits are split by image: no scan of the
+held-out strips occurs in training.
+
+    train/ test/     columns problem, images, answer, solution, hint, text_problem
+    teacher/         Qwen3-VL (or 2.5), trained on solutions in every context that a method gives its teacher
+    student/         the same classes, smaller, stopped when it answers about half of its questions
+    text-teacher/    a Qwen3 language model with the same tokenizer, which reads text_problem
+
+No method imports this file. They load what it writes with the code that loads Qwen and a hub data set.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+import common
+import vgs
+
+TRAIN_ROWS, TEST_ROWS = 6000, 400
+SIDE = 32  # pixels of an enlarged digit: one merged patch of Qwen3-VL
+
+
+# ====================================================================================================== questions
+def working(kind: str, a: int, b: int, c: int) -> tuple[str, str, str]:
+    """(question, worked solution without the description, answer) for the digits a, b, c."""
+    digits = (a, b, c)
+    if kind == "sum":
+        return "What is the first digit plus the last digit?", f"{a}+{c}={a + c}.", str(a + c)
+    if kind == "difference":
+        return "What is the first digit minus the last digit?", f"{a}-{c}={a - c}.", str(a - c)
+    if kind == "largest":
+        return "Which digit is the largest?", f"The largest is {max(digits)}.", str(max(digits))
+    if kind == "number":
+        return "Which number do the digits form?", f"Together they form {a}{b}{c}.", f"{a}{b}{c}"
+    if kind == "even":
+        return ("How many digits are even?", ", ".join(f"{d} {'odd' if d % 2 else 'even'}" for d in digits) + ".",
+                str(sum(d % 2 == 0 for d in digits)))
+    place = digits.index(min(digits))  # kind == "smallest"; the caller makes the smallest digit unique
+    return ("Where is the smallest digit? (A) first (B) second (C) third",
+            f"The smallest is {min(digits)}, the {('first', 'second', 'third')[place]}.", "ABC"[place])
+
+
+def make_rows(images, labels, count: int, seed: int) -> list[dict]:
+    """`count` questions about random strips of the given scans."""
+    rng, rows = random.Random(seed), []
+    while len(rows) < count:
+        picks = [rng.randrange(len(labels)) for _ in range(3)]
+        digits = [int(labels[i]) for i in picks]
+        kind = ("sum", "difference", "largest", "number", "even", "smallest")[len(rows) % 6]
+        if kind == "smallest" and digits.count(min(digits)) > 1:
+            continue
+        question, steps, answer = working(kind, *digits)
+        seen = f"The digits are {digits[0]},{digits[1]},{digits[2]}."
+        ranges = ", ".join("below five" if d < 5 else "five or more" for d in digits)
+        rows.append({
+            "problem": f"<image>{question}", "images": [draw([images[i] for i in picks], rng)], "answer": answer,
+            "solution": f"{seen} {steps}", "hint": f"Read the digits from left to right: {ranges}.",
+            "text_problem": f"{seen} {question}",
+        })
+    return rows
+
+
+def draw(scans, rng: random.Random):
+    """Three 8 x 8 scans (values 0 to 16) side by side, each slightly turned and moved, white on black."""
+    from PIL import Image
+
+    strip = Image.new("L", (3 * SIDE, SIDE))
+    for place, scan in enumerate(scans):
+        digit = Image.fromarray((scan * (255 / 16)).astype("uint8")).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        move = (rng.randint(-1, 1), rng.randint(-1, 1))
+        strip.paste(digit.rotate(rng.uniform(-5, 5), Image.Resampling.BILINEAR, translate=move), (place * SIDE, 0))
+    return strip.convert("RGB")
+
+
+# ====================================================================================================== what the models learn
+def drill(row: dict) -> str:
+    """Eight worked steps in a row, as text: what a language model knows before it learns to see."""
+    rng, lines = random.Random(row["text_problem"]), []
+    while len(lines) < 8:
+        a, b, c = (rng.randrange(10) for _ in range(3))
+        kind = rng.choice(["sum", "difference", "smallest"])
+        if kind == "smallest" and (a, b, c).count(min(a, b, c)) > 1:
+            continue
+        lines.append((f"The digits are {a},{b},{c}. " if kind == "smallest" else "") + working(kind, a, b, c)[1])
+    return " ".join(lines)
+
+
+def respond(row: dict, style: str) -> str:
+    """The row's solution in one of the papers' formats: reason (VGS), see-first (ViGOS), description (ViGOS' perception teacher)."""
+    if style == "drill":
+        return drill(row)
+    seen, _, steps = row["solution"].partition(". ")
+    if style == "reason":
+        return f"<reason>{row['solution']}</reason>\n\\boxed{{{row['answer']}}}"
+    described = f"<description>{seen}.</description>"
+    return described if style == "description" else f"{described}\n<think>{steps}</think>\n\\boxed{{{row['answer']}}}"
+
+
+def asking(row: dict, extra: str, images: bool = True, system: bool = False) -> common.Context:
+    user = common.user_message(row["problem"] + extra, len(row["images"]) if images else 0)
+    return common.Context([vgs.SYSTEM, user] if system else [user], row["images"] if images else [])
+
+
+SEE_FIRST = ("\nDescribe the image inside <description></description>, reason inside <think></think>, "
+             "and put the final answer in \\boxed{}.")
+
+# name -> (context, response format). VGS and PTD-PO: see, blind, hint. ViGOS: see_first, image_only, solution_first.
+CONTEXTS = {
+    "see": (vgs.with_image, "reason"),
+    "blind": (vgs.without_image, "reason"),
+    "hint": (lambda row: asking(row, f"\nHint: {row['hint']}", system=True), "reason"),
+    "solution": (lambda row: asking(row, f"\nReference solution: {row['solution']}", system=True), "reason"),
+    "see_first": (lambda row: asking(row, SEE_FIRST), "see-first"),
+    "solution_first": (lambda row: asking(row, f"\nReference solution: {row['solution']}{SEE_FIRST}"), "see-first"),
+    "image_only": (lambda row: asking(row | {"problem": ""}, ""), "description"),
+    "drill": (lambda row: asking(row | {"problem": "Practise."}, "", images=False), "drill"),
+    "text": (lambda row: asking(row | {"problem": row["text_problem"]}, "", images=False, system=True), "reason"),
+}
+# (steps, weights of the contexts). Digits in the text, arithmetic and sight from the start: one after the other takes far longer.
+START = (300, {"text": 1, "drill": 1, "image_only": 1})
+TEACHER = [START, (600, {"drill": 1, "text": 0.5, "see": 5, "blind": 2, "hint": 1.5, "solution": 1, "see_first": 3, "solution_first": 1, "image_only": 1})]
+STUDENT = [START, (600, {"drill": 1, "text": 0.5, "see": 4, "blind": 1, "see_first": 2})]
+TEXT_TEACHER = [(300, {"text": 1, "drill": 1})]
+
+
+# ====================================================================================================== models
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
+           "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def make_tokenizer(texts: list[str]):
+    """Byte-level BPE that splits text as Qwen's does (digits one by one), with Qwen's special tokens and the chat template."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=480, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE,
+                                   additional_special_tokens=SPECIAL, model_max_length=2048)
+
+
+def make_model(family: str, tokenizer, hidden: int, layers: int, vision: int, vocab: int):
+    """A randomly initialised model of the real classes. family: qwen3_vl, qwen2_5_vl, or qwen3 (text only)."""
+    import transformers as t
+
+    token = tokenizer.convert_tokens_to_ids
+    text = dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+                num_key_value_heads=hidden // 64, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.05,
+                bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
+    rope = dict(rope_type="default", rope_theta=10000.0)
+    images = dict(image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), tie_word_embeddings=True,
+                  vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
+    if family == "qwen3":
+        return t.Qwen3ForCausalLM(t.Qwen3Config(**text, head_dim=32, rope_parameters=rope))
+    if family == "qwen3_vl":
+        eyes = dict(depth=2, initializer_range=0.05, hidden_size=vision, intermediate_size=2 * vision, num_heads=2, out_hidden_size=hidden, patch_size=16,
+                    deepstack_visual_indexes=[0], num_position_embeddings=64)
+        text |= dict(head_dim=32, rope_parameters=rope | dict(mrope_section=[8, 4, 4], mrope_interleaved=True))
+        return t.Qwen3VLForConditionalGeneration(t.Qwen3VLConfig(text_config=text, vision_config=eyes, **images))
+    eyes = dict(depth=2, initializer_range=0.05, hidden_size=vision, intermediate_size=2 * vision, num_heads=2, out_hidden_size=hidden, patch_size=14,
+                window_size=56, fullatt_block_indexes=[1])
+    text |= dict(rope_parameters=rope | dict(mrope_section=[8, 4, 4]))
+    return t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **images))
+
+
+def image_processor(family: str):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    patch = 16 if family == "qwen3_vl" else 14
+    return Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, temporal_patch_size=2, image_mean=[0.2] * 3, image_std=[0.35] * 3,
+                                    size={"shortest_edge": 4 * patch * patch, "longest_edge": 1024 * patch * patch})
+
+
+# ====================================================================================================== training
+def train(folder: Path, rows: list[dict], phases: list[tuple[int, dict[str, int]]], title: str, stop=None, batch: int = 32, lr: float = 3e-3, seed: int = 0):
+    """Next-token training of the checkpoint in `folder` on solutions. phases: (steps, weights of the contexts drawn from).
+
+    stop: (rows, accuracy) ends the training when that share of greedy answers to those rows is right.
+    """
+    from tqdm import tqdm
+
+    processor = common.Processor(str(folder))
+    model = common.Model(str(folder), torch.float32)
+    ends = processor.tokenizer.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    warmup, steps = 30, sum(count for count, _ in phases)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 1.0 if stop else 1.02 - i / steps))
+    engine = common.HFEngine(str(folder), processor, common.Args(rollout_batch=256, dtype="float32")) if stop else None
+    rng, encoded = random.Random(seed), {}
+    bar = tqdm([mix for count, mix in phases for _ in range(count)], desc=title, unit="step", mininterval=1)
+    for step, mix in enumerate(bar):
+        prompts, responses = [], []
+        for _ in range(batch):
+            i, name = rng.randrange(len(rows)), rng.choices(list(mix), mix.values())[0]
+            if (i, name) not in encoded:
+                context, style = CONTEXTS[name]
+                target = processor.tokenizer(respond(rows[i], style), add_special_tokens=False)["input_ids"] + [ends]
+                encoded[i, name] = (processor.encode(context(rows[i])), target)
+            prompt, target = encoded[i, name]
+            prompts.append(prompt)
+            responses.append(target)
+        tokens = sum(map(len, responses))
+        order = sorted(range(batch), key=lambda k: len(prompts[k].ids) + len(responses[k]))
+        total = 0.0
+        for part in (order[: batch // 2], order[batch // 2 :]):  # short and long ones apart: less padding
+            ids = torch.tensor([token for k in part for token in responses[k]])
+            weights = torch.full((1, len(ids)), 1 / tokens)
+
+            def loss_fn(hidden, head):
+                return common.vocab_loss(next_token, weights, [hidden], head, extras=[ids], chunk=4096)
+
+            loss, _ = model(processor.batch([prompts[k] for k in part], [responses[k] for k in part]), loss_fn)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{total:.3f}")
+        if stop and step % 10 == 9:
+            engine.sync(model.named_parameters())
+            if common.evaluate(engine, stop[0], vgs.with_image)["acc@1"] >= stop[1]:
+                break
+    common.save_checkpoint(model.lm, processor, folder)
+
+
+def next_token(logits, ids):
+    """Negative log-likelihood of the given tokens."""
+    return (-common.gather(logits.log_softmax(-1), ids),)
+
+
+# ====================================================================================================== build
+def build(folder: Path, family: str) -> None:
+    """Everything into `folder`."""
+    import datasets
+    import transformers
+    from sklearn.datasets import load_digits
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0)).numpy()
+    rows = {}
+    for name, part, count, seed in (("train", order[:1437], TRAIN_ROWS, 1), ("test", order[1437:], TEST_ROWS, 2)):
+        rows[name] = make_rows(digits.images[part], digits.target[part], count, seed)
+        features = datasets.Features({key: datasets.List(datasets.Image()) if key == "images" else datasets.Value("string") for key in rows[name][0]})
+        datasets.Dataset.from_list(rows[name], features=features).save_to_disk(folder / name)
+
+    texts = []
+    for row in rows["train"][:600]:
+        for context, style in CONTEXTS.values():
+            parts = [c.get("text", "") for m in context(row).messages if m["role"] == "user" for c in m["content"]]
+            texts += [vgs.SYSTEM["content"], *parts, respond(row, style), "system\nuser\nassistant\n"]
+    tokenizer = make_tokenizer(texts)
+    sizes = {"teacher": (family, 128, 3, 64, 576), "student": (family, 64, 2, 48, 512), "text-teacher": ("qwen3", 128, 2, 0, 512)}
+    for name, (kind, hidden, layers, vision, vocab) in sizes.items():
+        make_model(kind, tokenizer, hidden, layers, vision, vocab).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        if vision:
+            image_processor(kind).save_pretrained(folder / name)
+    train(folder / "teacher", rows["train"], TEACHER, "teacher")
+    train(folder / "student", rows["train"], STUDENT, "student", stop=(rows["train"][:400], 0.5))
+    train(folder / "text-teacher", rows["train"], TEXT_TEACHER, "text-only teacher")
+
+
+def recipe(family: str) -> str:
+    """Changes whenever this file or a prompt that the models are trained on changes."""
+    row = {key: key for key in ("problem", "solution", "hint", "text_problem")} | {"images": [None]}
+    prompts = [context(row).messages for context, _ in CONTEXTS.values()]
+    return hashlib.sha256(Path(__file__).read_bytes() + repr((family, prompts)).encode()).hexdigest()[:10]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=("qwen3_vl", "qwen2_5_vl"), default="qwen3_vl", help="classes of the student and the teacher")
+    family = parser.parse_args().family
+    cache = Path(os.environ.get("CLEANOPD_CACHE") or Path.home() / ".cache" / "cleanopd")
+    folder = cache / f"toy-{family}-{recipe(family)}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / f"{folder.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the others wait here
+            if not folder.exists():
+                aside = cache / f"{folder.name}.partial"
+                shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed
+                print(f"building the toy (once, about 5 minutes on two cores) in {folder}", file=sys.stderr)
+                try:
+                    build(aside, family)
+                except KeyboardInterrupt:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    sys.exit("\ninterrupted: nothing was kept, the next start builds the toy again")
+                aside.rename(folder)  # the name appears only when everything is there
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()
