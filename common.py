@@ -119,8 +119,12 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     return args, given
 
 
-def refuse_ignored(given: set[str], ignored: dict[str, str]) -> None:
-    """Stop if a flag was given that this run would ignore. `ignored`: field name -> why it has no effect."""
+def refuse_ignored(args: Args, given: set[str], ignored: dict[str, str]) -> None:
+    """Stop if a flag was given that this run would ignore. `ignored`: field name -> why this method ignores it."""
+    if args.max_steps:
+        ignored = ignored | {"epochs": "--max-steps decides"}
+    if not args.eval_data:
+        ignored = ignored | dict.fromkeys(("eval_every", "eval_rows", "eval_samples", "eval_split"), "there is no --eval-data")
     for name in sorted(given & set(ignored)):
         raise UserError(f"--{name.replace('_', '-')} would have no effect: {ignored[name]}. Leave it out, or change the setting it needs")
 
@@ -215,7 +219,10 @@ def locate(name: str) -> str:
     if not script.exists():
         raise UserError(f"{name!r} is built by toy.py, which is not beside {Path(__file__).name}. Copy it there, or name your own "
                         "checkpoints and data with --student, --teacher, --data and --eval-data")
-    result = subprocess.run([sys.executable, script, "--family", family], stdout=subprocess.PIPE, text=True)
+    try:
+        result = subprocess.run([sys.executable, script, "--family", family], stdout=subprocess.PIPE, text=True)
+    except KeyboardInterrupt:
+        raise UserError("interrupted while the toy was being built: nothing was kept, and no run was begun") from None
     if result.returncode:
         raise UserError(f"toy.py could not build {name!r} (see above)")
     path = Path(result.stdout.strip().splitlines()[-1]) / match[2]
@@ -299,8 +306,11 @@ class Rows:
                 return f"row {i}: the answer is empty, and this run needs it for its reward or evaluation"
             return f"row {i}: {problem}" if length and (problem := length(row)) else None
 
+        from tqdm import tqdm
+
+        mine = range(rank(), len(self), world_size())
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(wrong, range(rank(), len(self), world_size())))
+            found = list(tqdm(pool.map(wrong, mine), f"checking {self.name}", len(mine), leave=False, disable=rank() != 0, unit="row"))
         bad = sorted((message for part in all_gather_object([m for m in found if m]) for message in part), key=lambda m: int(m[4 : m.index(":")]))
         if bad and not skip:
             more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
@@ -506,32 +516,6 @@ def count_steps(args: Args, rows: Rows | None) -> int:
     return steps
 
 
-def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Sequence numbers in groups of `size`, of similar length so that little is padded.
-
-    Every rank gets equally many groups, as each forward and backward pass is a joint one: a rank with fewer gets empty ones.
-    lengths [5, 9, 4], size 2 -> [[2, 0], [1]], and with another rank that has five sequences -> [[2, 0], [1], []]
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    groups = [order[i : i + size] for i in range(0, len(order), size)]
-    return groups + [[]] * (max(all_gather_object(len(groups))) - len(groups))
-
-
-def split(items: list, parts: int) -> list[list]:
-    """Consecutive equal parts."""
-    n = len(items) // parts
-    return [items[i * n : (i + 1) * n] for i in range(parts)]
-
-
-def per_token(lengths: list[int], values: list, dtype=torch.float32) -> Tensor:
-    """One entry per response token, [N]: each response gives a number for all its tokens, or a list of one number a token.
-
-    per_token([2, 1], [7, 8]) -> [7, 7, 8]     per_token([2, 1], [[1, 2], [3]]) -> [1, 2, 3]
-    """
-    flat = [x for n, value in zip(lengths, values) for x in (value if isinstance(value, list) else [value] * n)]
-    return torch.tensor(flat, dtype=dtype, device=device())
-
-
 # ====================================================================================================== models
 class Model(nn.Module):
     """A checkpoint whose forward pass gives the hidden states of the response positions, or a loss made of them.
@@ -545,7 +529,6 @@ class Model(nn.Module):
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        say(f"loading {name}")
         path = locate(name)
         vision = hasattr(AutoConfig.from_pretrained(path), "vision_config")
         auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
@@ -553,15 +536,20 @@ class Model(nn.Module):
         self.eval()  # no dropout anywhere: the student is scored and trained as it samples
 
     def forward(self, batch: dict[str, Tensor], loss_fn=None):
-        """batch: from Processor.batch, on this device. Returns hidden states [N, H], or loss_fn(hidden, head [V, H])."""
-        inputs = {key: value for key, value in batch.items() if key not in ("rows", "cols")}
-        hidden = self.lm.model(**inputs, use_cache=False).last_hidden_state[batch["rows"], batch["cols"]]  # [N, H]
+        """batch: from Processor.batch, on any device. Returns hidden states [N, H], or loss_fn(hidden, head [V, H])."""
+        inputs = {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
+        rows, cols = inputs.pop("rows"), inputs.pop("cols")
+        hidden = self.lm.model(**inputs, use_cache=False).last_hidden_state[rows, cols]  # [N, H]
         return hidden if loss_fn is None else loss_fn(hidden, self.lm.lm_head.weight)
 
-    @torch.no_grad()
+    @property
+    def vocab(self) -> int:
+        """Rows of the output matrix, padding included."""
+        return self.lm.lm_head.weight.shape[0]
+
     def head(self) -> Tensor:
-        """The whole output matrix [V, H], on every rank."""
-        return whole(self.lm.lm_head.weight)
+        """The whole output matrix [V, H], on every rank, without gradient."""
+        return whole(self.lm.lm_head.weight.detach())
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -578,6 +566,7 @@ def load_model(name: str, compute: str, trained: bool, freeze_vision: bool = Fal
     """Load a checkpoint and shard it over all ranks (FSDP2). Trained weights are float32, frozen ones are in the compute dtype."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    say(f"loading {name}")
     dtype = getattr(torch, compute)
     model = Model(name, torch.float32 if trained else dtype).requires_grad_(trained)
     if trained and freeze_vision and hasattr(model.lm.model, "visual"):
@@ -681,6 +670,102 @@ def sampling_processors(temperature: float, top_p: float, top_k: int) -> list:
     if temperature and top_p < 1:
         bend.append(TopPLogitsWarper(top_p))
     return [*bend, Recorder()]
+
+
+# ====================================================================================================== samples and micro-batches
+@dataclass
+class Sample:
+    """One response, with every context that it will be read in."""
+
+    row: dict
+    prompts: dict[str, Prompt]  # by the context's name
+    response: Response
+    reward: float = 0.0
+    advantage: float = 0.0
+
+
+def sample_responses(engine, rows: list[dict], contexts: dict, args: Args) -> list[Sample]:
+    """`group` consecutive responses a row, sampled under the first of the contexts (name -> fn(row) -> Context)."""
+    encoded = [{name: engine.processor.encode(context(row)) for name, context in contexts.items()} for row in rows]
+    sampled_under = next(iter(contexts))
+    responses = engine.generate([p[sampled_under] for p in encoded for _ in range(args.group)], args.temperature, args.top_p, args.top_k)
+    return [Sample(rows[i // args.group], encoded[i // args.group], response) for i, response in enumerate(responses)]
+
+
+def reward_answers(samples: list[Sample], group: int) -> None:
+    """Reward 1 for a right answer, else 0, and the advantage of each response within its group."""
+    for sample in samples:
+        sample.reward = float(is_correct(extract_answer(sample.response.text), str(sample.row["answer"])))
+    for sample, advantage in zip(samples, group_advantages(torch.tensor([s.reward for s in samples]), group).tolist()):
+        sample.advantage = advantage
+
+
+@dataclass
+class Micro:
+    """A micro-batch and all that is known of it before the update. n response tokens, sequence after sequence."""
+
+    batch: dict[str, Tensor]  # model inputs: every sequence in the first context, then every one in the second, ...
+    contexts: int
+    ids: Tensor  # [n] response tokens
+    length: Tensor  # [n] length of the response that a token belongs to
+    sampled: Tensor  # [n] the sampler's log-prob of the token
+    advantage: Tensor  # [n]
+    old: Tensor  # [n] the policy's log-prob at rollout time; NaN: the current policy is that policy
+    teacher: list[Tensor] = field(default_factory=list)  # hidden states [n, H], one tensor a context
+    weights: Tensor | None = None  # [K, n], set by weigh
+    terms: Tensor | None = None  # [K, n], set by the forward pass
+
+    def by_context(self, hidden: Tensor) -> list[Tensor]:
+        """Hidden states of the whole batch [contexts * n, H] -> one [n, H] a context."""
+        n = len(self.ids)
+        return list(hidden.split(n)) if n else [hidden] * self.contexts
+
+
+def make_micros(kind, samples: list[Sample], contexts: list[str], processor: Processor, size: int) -> list:
+    """Samples in micro-batches (`kind`: Micro or a subclass), each sequence once a context."""
+    micros = []
+    for picked in micro_batches([len(s.prompts[contexts[0]].ids) + len(s.response.ids) for s in samples], size):
+        part = [samples[i] for i in picked]
+        responses, views = [s.response.ids for s in part], [[s.prompts[name] for s in part] for name in contexts]
+        if not part:  # this rank has run out of work, and the others wait for it in every layer: an empty response
+            responses, views = [[]], [[processor.blank()] for _ in contexts]
+        lengths = [len(r) for r in responses]
+        micros.append(kind(
+            batch=processor.batch([prompt for view in views for prompt in view], responses * len(contexts)),
+            contexts=len(contexts),
+            ids=per_token(lengths, responses, torch.long),
+            length=per_token(lengths, lengths),
+            sampled=per_token(lengths, [s.response.log_probs for s in part]),
+            advantage=per_token(lengths, [s.advantage for s in part]),
+            old=torch.full((sum(lengths),), math.nan, device=device()),
+        ))
+    return micros
+
+
+def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Sequence numbers in groups of `size`, of similar length so that little is padded.
+
+    Every rank gets equally many groups, as each forward and backward pass is a joint one: a rank with fewer gets empty ones.
+    lengths [5, 9, 4], size 2 -> [[2, 0], [1]], and with another rank that has five sequences -> [[2, 0], [1], []]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    return groups + [[]] * (max(all_gather_object(len(groups))) - len(groups))
+
+
+def split(items: list, parts: int) -> list[list]:
+    """Consecutive equal parts."""
+    n = len(items) // parts
+    return [items[i * n : (i + 1) * n] for i in range(parts)]
+
+
+def per_token(lengths: list[int], values: list, dtype=torch.float32) -> Tensor:
+    """One entry per response token, [N]: each response gives a number for all its tokens, or a list of one number a token.
+
+    per_token([2, 1], [7, 8]) -> [7, 7, 8]     per_token([2, 1], [[1, 2], [3]]) -> [1, 2, 3]
+    """
+    flat = [x for n, value in zip(lengths, values) for x in (value if isinstance(value, list) else [value] * n)]
+    return torch.tensor(flat, dtype=dtype, device=device())
 
 
 # ====================================================================================================== the vocabulary, in chunks
@@ -897,6 +982,34 @@ def clip_and_step(model: nn.Module, optimizer, schedule, limit: float) -> float:
     return value
 
 
+@dataclass
+class Models:
+    """What a run trains with."""
+
+    processor: Processor
+    student: Model
+    engine: HFEngine
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    vocab: int  # columns that the student, the teacher and the tokenizer share
+    teacher: Model | None = None
+    head: Tensor | None = None  # the teacher's output matrix [V, H], whole on every rank
+
+
+def load_models(args: Args, processor: Processor, teacher: str | None, texts: list[str], updates: int) -> Models:
+    """Student, rollout engine, optimizer, and a frozen teacher that reads the student's own prompts.
+
+    Stops before any weights are loaded if the teacher's tokenizer or images differ; texts are what is compared.
+    """
+    if teacher is not None:
+        check_same_inputs(processor, Processor(teacher), texts)
+    student = load_model(args.student, args.dtype, True, args.freeze_vision, args.gradient_checkpointing)
+    frozen = load_model(teacher, args.dtype, False) if teacher is not None else None
+    vocab = min([processor.vocab, student.vocab] + ([frozen.vocab] if frozen else []))
+    engine = HFEngine(args.student, processor, args)
+    return Models(processor, student, engine, *make_optimizer(student, args, updates), vocab, frozen, frozen and frozen.head())
+
+
 # ====================================================================================================== run folder
 class Run:
     """The folder of a run: args.json, metrics.jsonl (one line a step), samples.jsonl, and at the end final/."""
@@ -924,6 +1037,12 @@ class Run:
         if rank() == 0:
             with open(self.path / file, "a") as f:
                 f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def samples(self, step: int, samples: list[Sample]) -> None:
+        """Responses as text and tokens, a line each, to samples.jsonl."""
+        for s in samples:
+            self.write("samples.jsonl", {"step": step, "row": s.row["index"], "problem": s.row["problem"], "response": s.response.text,
+                                         "answer": s.row.get("answer"), "reward": s.reward, "ids": s.response.ids})
 
     def metrics(self, step: int, values: dict) -> None:
         """One line of metrics.jsonl. Lists (one value a bin) stay lists there; a tracker gets them one by one."""
@@ -997,6 +1116,12 @@ class Progress:
             self.values.setdefault(key, []).append(value)
         self.shown |= {key: f"{value:.3f}" for key, value in values.items() if key in ("std", "reward", "acc@1")}
         self.bar.set_postfix(self.shown, refresh=False)
+
+    def samples(self, samples: list[Sample], args: Args, rewarded: bool) -> None:
+        """Log the share of finished responses (and the mean reward), and write some responses out."""
+        values = {"finished": [s.response.finished for s in samples]} | ({"reward": [s.reward for s in samples]} if rewarded else {})
+        self.log(mean_over_ranks(values))
+        self.run.samples(self.step, samples[: args.log_samples])
 
     def phase(self, name: str) -> None:
         if torch.cuda.is_available():

@@ -54,8 +54,8 @@ def working(kind: str, a: int, b: int, c: int) -> tuple[str, str, str]:
             f"The smallest is {min(digits)}, the {('first', 'second', 'third')[place]}.", "ABC"[place])
 
 
-def make_rows(images, labels, count: int, seed: int) -> list[dict]:
-    """`count` questions about random strips of the given scans."""
+def make_rows(images, labels, count: int, seed: int, jitter: bool = False) -> list[dict]:
+    """`count` questions about random strips of the given scans. jitter: turn and move the scans a little, for more of them."""
     rng, rows = random.Random(seed), []
     while len(rows) < count:
         picks = [rng.randrange(len(labels)) for _ in range(3)]
@@ -67,22 +67,23 @@ def make_rows(images, labels, count: int, seed: int) -> list[dict]:
         seen = f"The digits are {digits[0]},{digits[1]},{digits[2]}."
         ranges = ", ".join("below five" if d < 5 else "five or more" for d in digits)
         rows.append({
-            "problem": f"<image>{question}", "images": [draw([images[i] for i in picks], rng)], "answer": answer,
+            "problem": f"<image>{question}", "images": [draw([images[i] for i in picks], rng if jitter else None)], "answer": answer,
             "solution": f"{seen} {steps}", "hint": f"Read the digits from left to right: {ranges}.",
             "text_problem": f"{seen} {question}",
         })
     return rows
 
 
-def draw(scans, rng: random.Random):
-    """Three 8 x 8 scans (values 0 to 16) side by side, each slightly turned and moved, white on black."""
+def draw(scans, rng: random.Random | None = None):
+    """Three 8 x 8 scans (values 0 to 16) side by side, white on black; with rng each turned and moved a little."""
     from PIL import Image
 
     strip = Image.new("L", (3 * SIDE, SIDE))
     for place, scan in enumerate(scans):
         digit = Image.fromarray((scan * (255 / 16)).astype("uint8")).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        move = (rng.randint(-1, 1), rng.randint(-1, 1))
-        strip.paste(digit.rotate(rng.uniform(-5, 5), Image.Resampling.BILINEAR, translate=move), (place * SIDE, 0))
+        if rng:
+            digit = digit.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR, translate=(rng.randint(-2, 2), rng.randint(-2, 2)))
+        strip.paste(digit, (place * SIDE, 0))
     return strip.convert("RGB")
 
 
@@ -132,9 +133,10 @@ CONTEXTS = {
 }
 # (steps, weights of the contexts). Digits in the text, arithmetic and sight from the start: one after the other takes far longer.
 START = (300, {"text": 1, "drill": 1, "image_only": 1})
-TEACHER = [START, (600, {"drill": 1, "text": 0.5, "see": 5, "blind": 2, "hint": 1.5, "solution": 1, "see_first": 3, "solution_first": 1, "image_only": 1})]
+TEACHER = [START, (700, {"drill": 1, "text": 0.5, "see": 5, "blind": 2, "hint": 1.5, "solution": 1, "see_first": 3, "solution_first": 1,
+                         "image_only": 2})]
 STUDENT = [START, (600, {"drill": 1, "text": 0.5, "see": 4, "blind": 1, "see_first": 2})]
-TEXT_TEACHER = [(300, {"text": 1, "drill": 1})]
+TEXT_TEACHER = [(450, {"text": 1, "drill": 1})]
 
 
 # ====================================================================================================== models
@@ -267,8 +269,8 @@ def build(folder: Path, family: str) -> None:
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0)).numpy()
     rows = {}
-    for name, part, count, seed in (("train", order[:1437], TRAIN_ROWS, 1), ("test", order[1437:], TEST_ROWS, 2)):
-        rows[name] = make_rows(digits.images[part], digits.target[part], count, seed)
+    for name, part, count, seed in (("train", order[:1500], TRAIN_ROWS, 1), ("test", order[1500:], TEST_ROWS, 2)):
+        rows[name] = make_rows(digits.images[part], digits.target[part], count, seed, jitter=name == "train")
         features = datasets.Features({key: datasets.List(datasets.Image()) if key == "images" else datasets.Value("string") for key in rows[name][0]})
         datasets.Dataset.from_list(rows[name], features=features).save_to_disk(folder / name)
 

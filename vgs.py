@@ -55,7 +55,8 @@ HUB = dict(data="LMMs-Lab-Turtle/Vision-SR1-47K", prompts=128, group=4, max_prom
            gradient_checkpointing=True)  # Table 4
 PRESETS = {
     "toy": dict(student="toy/student", teacher="toy/teacher", data="toy/train", eval_data="toy/test", dtype="float32", lr=1e-3,
-                lambda_lp=0.3, micro_batch=32, max_steps=120, eval_every=20),
+                warmup=10, schedule="linear",
+                lambda_lp=0.3, micro_batch=32, max_steps=150, eval_every=25),
     "2b": dict(student="Qwen/Qwen3-VL-2B-Instruct", teacher="runs/teacher/final", eta=0.41, **HUB),
     "4b": dict(student="Qwen/Qwen3-VL-4B-Instruct", teacher="runs/teacher/final", eta=0.36, **HUB),
     "teacher": HUB | dict(student="Qwen/Qwen3-VL-8B-Instruct", method="grpo", output="runs/teacher", epochs=2, prompts=512, group=8,
@@ -78,7 +79,6 @@ class Args(common.Args):
     analyze_rows: int = 128  # held-out questions for --analyze
 
 
-
 def reads_text(args: Args) -> bool:
     """Whether the question is also read without its image."""
     return args.method in ("vgs", "vgs-lp", "adaptive", "lang-steer") or args.log_all_terms
@@ -98,6 +98,223 @@ def uses_rewards(args: Args) -> bool:
     return args.method == "grpo" or args.alpha < 1
 
 
+# ====================================================================================================== contexts
+SYSTEM = {"role": "system", "content": "Think first, inside <reason></reason>. Then put the final answer in \\boxed{}."}
+
+
+def with_image(row: dict) -> common.Context:
+    """I, x: what the student samples under, and the teacher's pI-side context."""
+    return common.Context([SYSTEM, common.user_message(row["problem"], len(row["images"]))], row["images"])
+
+
+def without_image(row: dict) -> common.Context:
+    """x alone: the same chat, the image left out (not blanked)."""
+    return common.Context([SYSTEM, common.user_message(row["problem"], 0)])
+
+
+def contexts(args: Args) -> dict:
+    """The contexts that this run reads every response in, by name; the first is the one it was sampled under."""
+    return {"image": with_image} | ({"text": without_image} if reads_text(args) else {})
+
+
+# ====================================================================================================== losses
+def visual_target(pL: Tensor, qI: Tensor, qL: Tensor) -> Tensor:
+    """log q* of Eq. 10 from log-probabilities [n, V]: the softmax divides by Z at every token. No gradient reaches pL."""
+    gain = (qI - qL).masked_fill(qI == -math.inf, -math.inf)  # a token that both rule out stays ruled out
+    return (pL.detach() + gain).log_softmax(-1)
+
+
+def divergences(zI: Tensor, zL: Tensor, yI: Tensor, yL: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(Std, Vis, Lang, VDS) per token, [n] each, from logits [n, V]: student zI, zL; teacher yI, yL (image, question alone)."""
+    pI, pL, qI, qL = (z.log_softmax(-1) for z in (zI, zL, yI, yL))
+    q_star = visual_target(pL, qI, qL)
+    return common.kl(pI, qI), common.kl(pI, q_star), common.kl(pL, qL), common.kl(qI, qL)  # Eq. 3, 11, 6, 12
+
+
+def visual_dependency(yI: Tensor, yL: Tensor) -> tuple[Tensor]:
+    """VDS of Eq. 12, [n], from the teacher's logits [n, V] with the image and without."""
+    return (common.kl(yI.log_softmax(-1), yL.log_softmax(-1)),)
+
+
+def chosen_log_prob(z: Tensor, ids: Tensor) -> tuple[Tensor]:
+    """log p of the tokens ids [n] under logits [n, V]."""
+    return (common.gather(z.log_softmax(-1), ids),)
+
+
+def steering(method: str, vds: Tensor, q40: Tensor, q70: Tensor, gamma: float, lam: float) -> Tensor:
+    """Coefficients [3, N] of Std, Vis and Lang at every token, given the visual dependency scores vds [N] and their percentiles.
+
+    adaptive, gamma 2, lambda 0.1, vds = [.1, .5, .9], q40 = .4, q70 = .7  ->  [[1, 1, 1], [0, 1, 2], [0, 0, 0.1]]
+    """
+    one, zero, top = torch.ones_like(vds), torch.zeros_like(vds), (vds > q70).to(vds.dtype)
+    if method == "standard":
+        return torch.stack([one, zero, zero])
+    if method == "vgs":
+        return torch.stack([one, gamma * one, zero])  # Eq. 13
+    if method == "vgs-lp":
+        return torch.stack([one, gamma * one, lam * top])  # Eq. 16, 17
+    if method == "adaptive":
+        return torch.stack([one, gamma / 2 * (vds > q40) + gamma / 2 * top, lam * top])  # Eq. 24, 25
+    assert method == "lang-steer", method
+    return torch.stack([one, lam * top, gamma * one])  # Eq. 19, 21
+
+
+# ====================================================================================================== rollout
+def rollout(rows: list[dict], models: common.Models, args: Args) -> list[common.Sample]:
+    """The student answers this rank's questions with the image; the question alone is encoded beside it."""
+    samples = common.sample_responses(models.engine, rows, contexts(args), args)
+    if uses_rewards(args):
+        common.reward_answers(samples, args.group)
+    return samples
+
+
+# ====================================================================================================== score
+@dataclass
+class Micro(common.Micro):
+    vds: Tensor | None = None  # [n] visual dependency scores, where the method needs their percentiles
+
+
+def score(samples: list[common.Sample], models: common.Models, args: Args) -> list[Micro]:
+    """The frozen models read every sequence once. Hidden states are kept, never logits."""
+    micros = common.make_micros(Micro, samples, list(contexts(args)), models.processor, args.micro_batch)
+    for m in micros:
+        with torch.no_grad():
+            if models.teacher is not None:
+                m.teacher = m.by_context(models.teacher(m.batch))  # behind qI, and qL: [n, H] each
+            if uses_rewards(args) and args.updates > 1:  # later updates need the policy that sampled, not their own
+                m.old = models.student(m.batch, lambda hidden, head: common.vocab_terms(
+                    chosen_log_prob, [(m.by_context(hidden)[0], head)], [m.ids], models.vocab, args.loss_chunk))[0]
+        if preserves(args):
+            pairs = [(hidden, models.head) for hidden in m.teacher]
+            m.vds = common.vocab_terms(visual_dependency, pairs, (), models.vocab, args.loss_chunk)[0]
+    return micros
+
+
+# ====================================================================================================== weigh
+TERMS = ("std", "vis", "lang", "surrogate", "vds", "log_p", "entropy")  # per token; the first four can carry weight
+DECILES = torch.linspace(0.1, 0.9, 9)
+
+
+def weigh(micros: list[Micro], args: Args, eta: float) -> None:
+    """One weight per token and term, divisors included: mean over a response's tokens, then over all responses of all ranks."""
+    responses = common.all_sum(torch.cat([1 / m.length for m in micros]).sum()).round()  # a response's tokens add up to 1
+    q40 = q70 = torch.tensor(math.inf, device=common.device())
+    if preserves(args):
+        q40, q70 = common.all_gather(torch.cat([m.vds for m in micros])).quantile(torch.tensor([0.4, 0.7], device=common.device()))
+    for m in micros:
+        mean = 1 / (m.length * responses)  # [n]
+        m.weights = torch.zeros(len(TERMS), len(m.ids), device=mean.device)
+        if args.method != "grpo":
+            scores = m.vds if m.vds is not None else torch.zeros_like(mean)
+            m.weights[:3] = args.alpha * eta * steering(args.method, scores, q40, q70, args.gamma, args.lambda_lp) * mean
+        if uses_rewards(args):
+            m.weights[3] = -(1 if args.method == "grpo" else 1 - args.alpha) * mean  # Eq. 22 maximises the surrogate
+
+
+# ====================================================================================================== update
+def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
+    """student.grad += gradient of the sum over micro-batches, terms and tokens of weight * term. One forward pass each."""
+
+    def terms(*tensors):
+        """Logits [n, V] (student's, then teacher's), ids [n], old log-probs [n], advantages [n] -> TERMS."""
+        *logits, ids, old, advantage = tensors
+        zero = torch.zeros_like(advantage)
+        log_p = logits[0].log_softmax(-1)
+        chosen = common.gather(log_p, ids)
+        old = torch.where(old.isnan(), chosen.detach(), old)
+        surrogate = common.clipped_surrogate(chosen, old, advantage, args.clip_low, args.clip_high)
+        std, vis, lang, vds = zero, zero, zero, zero
+        if len(logits) == 4:
+            std, vis, lang, vds = divergences(*logits)
+        elif len(logits) == 2:
+            std = common.kl(log_p, logits[1].log_softmax(-1))  # Eq. 3
+        return std, vis, lang, surrogate, vds, chosen, common.entropy(log_p.detach())
+
+    for m in micros:
+
+        def loss_fn(hidden, head):
+            teacher = [(h, models.head) for h in m.teacher]
+            extras = [m.ids, m.old, m.advantage]
+            return common.vocab_loss(terms, m.weights, m.by_context(hidden), head, teacher, extras, models.vocab, args.loss_chunk)
+
+        loss, m.terms = models.student(m.batch, loss_fn)
+        (loss * common.world_size()).backward()  # FSDP2 averages over ranks; the weights already hold the divisor
+
+
+def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
+    """One optimizer step, and what it is worth knowing about it."""
+    accumulate(micros, models, args)
+    norm = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
+    return {"grad_norm": norm, "lr": models.schedule.get_last_lr()[0]} | statistics(micros)
+
+
+def measure_eta(micros: list[Micro], models: common.Models, args: Args) -> dict:
+    """Eq. 15 (Eq. 20 for lang-steer): |g_Std| / |g_Std + gamma g_Vis|. The preserving term is not part of it."""
+    norms = []
+    for kept in (["std"], ["std", "lang" if args.method == "lang-steer" else "vis"]):
+        weigh(micros, args, eta=1.0)
+        for m in micros:
+            m.weights[[i for i, name in enumerate(TERMS) if name not in kept]] = 0
+        accumulate(micros, models, args)
+        norms.append(common.grad_norm(models.student).item())
+        models.student.zero_grad()
+    return {"eta": norms[0] / norms[1], "grad_norm_std": norms[0], "grad_norm_steered": norms[1]}
+
+
+def statistics(micros: list[Micro]) -> dict:
+    """The paper's curves over one update's tokens on all ranks: Std, Vis, Lang as the loss averages them, and by VDS decile."""
+    terms = torch.cat([m.terms for m in micros], dim=-1)  # [7, N]
+    length, sampled = torch.cat([m.length for m in micros]), torch.cat([m.sampled for m in micros])
+    std, vis, lang, _, vds, log_p, entropy = terms
+    text = bool(vds.any())  # without the question alone there is nothing to say about Vis and Lang
+    gap = (log_p - sampled).abs()
+    sums = torch.stack([1 / length, std / length, vis / length, lang / length, torch.ones_like(std), entropy, gap]).sum(-1)
+    responses, *means, tokens, entropy, gap = common.all_sum(sums).tolist()
+    log = dict(zip(("std", "vis", "lang")[: 3 if text else 1], [m / responses for m in means]))
+    log |= {"response_length": tokens / responses, "entropy": entropy / tokens, "sampler_gap": gap / tokens}
+    if text:
+        bins = torch.bucketize(vds, common.all_gather(vds).quantile(DECILES.to(vds.device)))  # bin 0: the least visual tenth
+        sums = torch.zeros(4, 10, device=vds.device).index_add_(1, bins, torch.stack([torch.ones_like(std), std, vis, lang]))
+        counts, *sums = common.all_sum(sums)
+        log |= {f"{name}_by_vds": (total / counts.clamp(min=1)).tolist() for name, total in zip(("std", "vis", "lang"), sums)}
+    return log
+
+
+# ====================================================================================================== analysis (Figure 3)
+def analyze(models: common.Models, rows: common.Rows, args: Args, run: common.Run) -> None:
+    """Angles between the gradients of Lang, Vis and Std, each summed over the tokens of one tenth of the visual dependency."""
+    picked = range(common.rank(), min(args.analyze_rows, len(rows)), common.world_size())
+    micros = score(rollout([rows[i] for i in picked], models, args), models, args)
+    edges = common.all_gather(torch.cat([m.vds for m in micros])).quantile(DECILES.to(common.device()))
+    table = []
+    common.say("\nangles between gradients in degrees; bin 9 is the most visual tenth of the tokens\n bin   Lang-Vis   Std-Vis   Std-Lang")
+    for b in range(10):
+        gradients = {}
+        for name in ("std", "vis", "lang"):
+            for m in micros:
+                m.weights = torch.zeros(len(TERMS), len(m.ids), device=common.device())
+                m.weights[TERMS.index(name)] = (torch.bucketize(m.vds, edges) == b).float()
+            accumulate(micros, models, args)
+            gradients[name] = [common.shard(p.grad).clone() for p in models.student.parameters() if p.grad is not None]
+            models.student.zero_grad()
+
+        def dot(one: str, other: str) -> float:
+            return common.all_sum(sum((g * h).sum().double() for g, h in zip(gradients[one], gradients[other]))).item()
+
+        norms = {name: math.sqrt(dot(name, name)) for name in gradients}
+        row = {"bin": b} | {f"norm_{name}": norm for name, norm in norms.items()}
+        for one, other in (("lang", "vis"), ("std", "vis"), ("std", "lang")):
+            product = norms[one] * norms[other]  # zero if no token fell into the bin
+            row[f"{one}_{other}"] = math.degrees(math.acos(max(-1, min(1, dot(one, other) / product)))) if product else None
+        table.append(row)
+        common.say(f"{b:4d}", *(f"{row[key]:{width}.1f}" if row[key] is not None else "-".rjust(width)
+                                for key, width in (("lang_vis", 10), ("std_vis", 9), ("std_lang", 10))))
+    if common.rank() == 0:
+        (run.path / "angles.json").write_text(json.dumps(table, indent=2) + "\n")
+        print(f"written to {run.path / 'angles.json'}")
+
+
+# ====================================================================================================== main
 def check_settings(args: Args, given: set[str]) -> None:
     """Stop at contradictions, and at flags that this run would ignore."""
     if uses_rewards(args) and args.group < 2:
@@ -128,286 +345,7 @@ def check_settings(args: Args, given: set[str]) -> None:
                                   "updates", "eval_every", "eval_rows", "eval_samples", "eta", "measure_eta", "alpha"), "--analyze does not train")
     else:
         ignored["analyze_rows"] = "it is for --analyze"
-    if args.max_steps:
-        ignored["epochs"] = "--max-steps decides"
-    if not args.eval_data:
-        ignored |= dict.fromkeys(("eval_every", "eval_rows", "eval_samples", "eval_split"), "there is no --eval-data")
-    common.refuse_ignored(given, ignored)
-
-
-# ====================================================================================================== contexts
-SYSTEM = {"role": "system", "content": "Think first, inside <reason></reason>. Then put the final answer in \\boxed{}."}
-
-
-def with_image(row: dict) -> common.Context:
-    """I, x: what the student samples under, and the teacher's pI-side context."""
-    return common.Context([SYSTEM, common.user_message(row["problem"], len(row["images"]))], row["images"])
-
-
-def without_image(row: dict) -> common.Context:
-    """x alone: the same chat, the image left out (not blanked)."""
-    return common.Context([SYSTEM, common.user_message(row["problem"], 0)])
-
-
-# ====================================================================================================== losses
-def visual_target(pL: Tensor, qI: Tensor, qL: Tensor) -> Tensor:
-    """log q* of Eq. 10 from log-probabilities [n, V]: the softmax divides by Z at every token. No gradient reaches pL."""
-    gain = (qI - qL).masked_fill(qI == -math.inf, -math.inf)  # a token that both rule out stays ruled out
-    return (pL.detach() + gain).log_softmax(-1)
-
-
-def divergences(zI: Tensor, zL: Tensor, yI: Tensor, yL: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(Std, Vis, Lang, VDS) per token, [n] each, from logits [n, V]: student zI, zL; teacher yI, yL (image, question alone)."""
-    pI, pL, qI, qL = (z.log_softmax(-1) for z in (zI, zL, yI, yL))
-    q_star = visual_target(pL, qI, qL)
-    return common.kl(pI, qI), common.kl(pI, q_star), common.kl(pL, qL), common.kl(qI, qL)  # Eq. 3, 11, 6, 12
-
-
-def steering(method: str, vds: Tensor, q40: Tensor, q70: Tensor, gamma: float, lam: float) -> Tensor:
-    """Coefficients [3, N] of Std, Vis and Lang at every token, given the visual dependency scores vds [N] and their percentiles.
-
-    adaptive, gamma 2, lambda 0.1, vds = [.1, .5, .9], q40 = .4, q70 = .7  ->  [[1, 1, 1], [0, 1, 2], [0, 0, 0.1]]
-    """
-    one, zero, top = torch.ones_like(vds), torch.zeros_like(vds), (vds > q70).to(vds.dtype)
-    if method == "standard":
-        return torch.stack([one, zero, zero])
-    if method == "vgs":
-        return torch.stack([one, gamma * one, zero])  # Eq. 13
-    if method == "vgs-lp":
-        return torch.stack([one, gamma * one, lam * top])  # Eq. 16, 17
-    if method == "adaptive":
-        return torch.stack([one, gamma / 2 * (vds > q40) + gamma / 2 * top, lam * top])  # Eq. 24, 25
-    assert method == "lang-steer", method
-    return torch.stack([one, lam * top, gamma * one])  # Eq. 19, 21
-
-
-# ====================================================================================================== rollout
-@dataclass
-class Models:
-    processor: common.Processor
-    student: common.Model
-    teacher: common.Model | None
-    engine: common.HFEngine
-    head: Tensor | None = None  # the teacher's output matrix [V, H], whole on every rank
-    vocab: int = 0  # columns that student, teacher and tokenizer share
-    optimizer: torch.optim.Optimizer | None = None
-    schedule: object = None
-
-
-@dataclass
-class Sample:
-    """One response with the contexts it is read in."""
-
-    row: dict
-    image: common.Prompt  # I, x
-    text: common.Prompt | None  # x
-    response: common.Response
-    reward: float = 0.0
-    advantage: float = 0.0
-
-
-def rollout(rows: list[dict], models: Models, args: Args) -> list[Sample]:
-    """The student answers this rank's questions with the image: `group` consecutive samples a question."""
-    encode = models.processor.encode
-    prompts = [(row, encode(with_image(row)), encode(without_image(row)) if reads_text(args) else None) for row in rows]
-    responses = models.engine.generate([image for _, image, _ in prompts for _ in range(args.group)], args.temperature, args.top_p, args.top_k)
-    samples = [Sample(*prompts[i // args.group], response) for i, response in enumerate(responses)]
-    if uses_rewards(args):
-        for sample in samples:
-            answer = common.extract_answer(sample.response.text)
-            sample.reward = float(common.is_correct(answer, str(sample.row["answer"])))
-        rewards = torch.tensor([sample.reward for sample in samples])
-        for sample, advantage in zip(samples, common.group_advantages(rewards, args.group).tolist()):
-            sample.advantage = advantage
-    return samples
-
-
-# ====================================================================================================== score
-@dataclass
-class Micro:
-    """A micro-batch and all that is known of it before the update. n response tokens, sequence after sequence."""
-
-    batch: dict[str, Tensor]  # the sequences with the image, then the same ones without (if the method reads them)
-    ids: Tensor  # [n] response tokens
-    length: Tensor  # [n] length of the response that a token belongs to
-    sampled: Tensor  # [n] the sampler's log-prob of the token
-    advantage: Tensor  # [n]
-    teacher: list[Tensor]  # hidden states [n, H] behind qI and qL
-    old: Tensor  # [n] the policy's log-prob at rollout time; NaN: the current policy is that policy
-    vds: Tensor | None = None  # [n]
-    weights: Tensor | None = None  # [4, n] of the first four TERMS
-    terms: Tensor | None = None  # [7, n]
-
-
-def score(samples: list[Sample], models: Models, args: Args) -> list[Micro]:
-    """Group samples into micro-batches and let the frozen models read each once. Hidden states are kept, never logits."""
-    micros = []
-    for picked in common.micro_batches([len(s.image.ids) + len(s.response.ids) for s in samples], args.micro_batch):
-        part = [samples[i] for i in picked]
-        responses = [s.response.ids for s in part]
-        views = [[s.image for s in part]] + ([[s.text for s in part]] if reads_text(args) else [])
-        if not part:  # this rank has run out of work, and the others wait for it in every layer: an empty response
-            responses, views = [[]], [[models.processor.blank()] for _ in views]
-        batch = models.processor.batch([prompt for view in views for prompt in view], responses * len(views))
-        batch = {key: value.to(common.device()) for key, value in batch.items()}
-        lengths = [len(r) for r in responses]
-        micro = Micro(
-            batch, common.per_token(lengths, responses, torch.long), common.per_token(lengths, lengths),
-            common.per_token(lengths, [s.response.log_probs for s in part]), common.per_token(lengths, [s.advantage for s in part]),
-            teacher=[], old=torch.full((sum(lengths),), math.nan, device=common.device()),
-        )
-        n = len(micro.ids)
-        with torch.no_grad():
-            if models.teacher is not None:
-                hidden = models.teacher(batch)  # [n, H], or [2n, H]: with the image, then without
-                micro.teacher = [hidden[:n], hidden[n:]][: len(views)]
-            if uses_rewards(args) and args.updates > 1:
-                pairs = [(models.student(batch)[:n], models.student.head())]
-                micro.old = common.vocab_terms(lambda z, ids: (common.gather(z.log_softmax(-1), ids),), pairs, [micro.ids], models.vocab, args.loss_chunk)[0]
-        if preserves(args):
-            pairs = [(hidden, models.head) for hidden in micro.teacher]
-            micro.vds = common.vocab_terms(lambda yI, yL: (common.kl(yI.log_softmax(-1), yL.log_softmax(-1)),), pairs, (), models.vocab, args.loss_chunk)[0]
-        micros.append(micro)
-    return micros
-
-
-# ====================================================================================================== weigh
-TERMS = ("std", "vis", "lang", "surrogate", "vds", "log_p", "entropy")  # per token; the first four can carry weight
-
-
-def weigh(micros: list[Micro], args: Args, eta: float) -> None:
-    """One weight per token and term, divisors included: mean over a response's tokens, then over all responses of all ranks."""
-    responses = common.all_sum(sum(((1 / m.length).sum() for m in micros), torch.zeros((), device=common.device())))
-    q40 = q70 = torch.tensor(math.inf, device=common.device())
-    if preserves(args):
-        q40, q70 = common.all_gather(torch.cat([m.vds for m in micros])).quantile(torch.tensor([0.4, 0.7], device=common.device()))
-    for m in micros:
-        mean = 1 / (m.length * responses)  # [n]
-        m.weights = torch.zeros(4, len(m.ids), device=mean.device)
-        if args.method != "grpo":
-            scores = m.vds if m.vds is not None else torch.zeros_like(mean)
-            m.weights[:3] = args.alpha * eta * steering(args.method, scores, q40, q70, args.gamma, args.lambda_lp) * mean
-        if uses_rewards(args):
-            m.weights[3] = -(1 if args.method == "grpo" else 1 - args.alpha) * mean  # Eq. 22 maximises the surrogate
-
-
-# ====================================================================================================== update
-def accumulate(micros: list[Micro], models: Models, args: Args) -> None:
-    """student.grad += gradient of the sum over micro-batches, terms and tokens of weight * term. One forward pass each."""
-
-    def terms(*tensors):
-        """Logits [n, V] (student's, then teacher's), ids [n], old log-probs [n], advantages [n] -> TERMS."""
-        *logits, ids, old, advantage = tensors
-        zero = torch.zeros_like(advantage)
-        log_p = logits[0].log_softmax(-1)
-        chosen = common.gather(log_p, ids)
-        old = torch.where(old.isnan(), chosen.detach(), old)
-        surrogate = common.clipped_surrogate(chosen, old, advantage, args.clip_low, args.clip_high)
-        std, vis, lang, vds = zero, zero, zero, zero
-        if len(logits) == 4:
-            std, vis, lang, vds = divergences(*logits)
-        elif len(logits) == 2:
-            std = common.kl(log_p, logits[1].log_softmax(-1))  # Eq. 3
-        return std, vis, lang, surrogate, vds, chosen, common.entropy(log_p.detach())
-
-    for m in micros:
-        n = len(m.ids)
-
-        def loss_fn(hidden, head):
-            ours = [hidden[:n], hidden[n:]] if reads_text(args) else [hidden]
-            teacher = [(h, models.head) for h in m.teacher]
-            weights = torch.cat([m.weights, m.weights.new_zeros(len(TERMS) - 4, n)])
-            return common.vocab_loss(terms, weights, ours, head, teacher, [m.ids, m.old, m.advantage], models.vocab, args.loss_chunk)
-
-        loss, m.terms = models.student(m.batch, loss_fn)
-        (loss * common.world_size()).backward()  # FSDP2 averages over ranks; the weights already hold the divisor
-
-
-def update(micros: list[Micro], models: Models, args: Args) -> dict:
-    """One optimizer step, and what it is worth knowing about it."""
-    accumulate(micros, models, args)
-    norm = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
-    return {"grad_norm": norm, "lr": models.schedule.get_last_lr()[0]} | statistics(micros)
-
-
-def measure_eta(micros: list[Micro], models: Models, args: Args) -> dict:
-    """Eq. 15 (Eq. 20 for lang-steer): |g_Std| / |g_Std + gamma g_Vis|. The preserving term is not part of it."""
-    kept, norms = [m.weights for m in micros], {}
-    steered = 2 if args.method == "lang-steer" else 1
-    for name, rows in (("std", [0]), ("steered", [0, steered])):
-        for m, weights in zip(micros, kept):
-            m.weights = torch.zeros_like(weights)
-            m.weights[rows] = weights[rows]
-        accumulate(micros, models, args)
-        norms[name] = common.grad_norm(models.student).item()
-        models.student.zero_grad()
-    for m, weights in zip(micros, kept):
-        m.weights = weights
-    return {"eta": norms["std"] / norms["steered"], "grad_norm_std": norms["std"], "grad_norm_steered": norms["steered"]}
-
-
-def statistics(micros: list[Micro]) -> dict:
-    """The paper's curves over one update's tokens on all ranks: Std, Vis, Lang as the loss averages them, and by VDS decile."""
-    terms = torch.cat([m.terms for m in micros], dim=-1)  # [7, N]
-    length, sampled = torch.cat([m.length for m in micros]), torch.cat([m.sampled for m in micros])
-    std, vis, lang, _, vds, log_p, entropy = terms
-    text = bool(vds.any())  # without the question alone there is nothing to say about Vis and Lang
-    gap = (log_p - sampled).abs()
-    sums = torch.stack([1 / length, std / length, vis / length, lang / length, torch.ones_like(std), entropy, gap]).sum(-1)
-    responses, *means, tokens, entropy, gap = common.all_sum(sums).tolist()
-    log = dict(zip(("std", "vis", "lang")[: 3 if text else 1], [m / responses for m in means]))
-    log |= {"response_length": tokens / responses, "entropy": entropy / tokens, "sampler_gap": gap / tokens}
-    if text:
-        deciles = torch.linspace(0.1, 0.9, 9, device=vds.device)
-        bins = torch.bucketize(vds, common.all_gather(vds).quantile(deciles))  # bin 0: the least visual tenth of the tokens
-        sums = torch.zeros(4, 10, device=vds.device).index_add_(1, bins, torch.stack([torch.ones_like(std), std, vis, lang]))
-        counts, *sums = common.all_sum(sums)
-        log |= {f"{name}_by_vds": (total / counts.clamp(min=1)).tolist() for name, total in zip(("std", "vis", "lang"), sums)}
-    return log
-
-
-# ====================================================================================================== analysis (Figure 3)
-def analyze(models: Models, rows, args: Args, run) -> None:
-    """Angles between the gradients of Lang, Vis and Std, each summed over the tokens of one tenth of the visual dependency."""
-    picked = list(range(min(args.analyze_rows, len(rows))))[common.rank() :: common.world_size()]
-    micros = score(rollout([rows[i] for i in picked], models, args), models, args)
-    edges = common.all_gather(torch.cat([m.vds for m in micros])).quantile(torch.linspace(0.1, 0.9, 9, device=common.device()))
-    table = []
-    for b in range(10):
-        gradients = []
-        for k in range(3):  # Std, Vis, Lang
-            for m in micros:
-                m.weights = torch.zeros(4, len(m.ids), device=common.device())
-                m.weights[k] = (torch.bucketize(m.vds, edges) == b).float()
-            accumulate(micros, models, args)
-            gradients.append([common.shard(p.grad).clone() for p in models.student.parameters() if p.grad is not None])
-            models.student.zero_grad()
-        product = torch.stack([torch.stack([sum((a * c).sum() for a, c in zip(g, h)) for h in gradients]) for g in gradients])
-        product = common.all_sum(product).double()  # [3, 3] inner products
-        cosine = (product / product.diag().sqrt().outer(product.diag().sqrt())).clamp(-1, 1)
-        std_vis, std_lang, vis_lang = (math.degrees(math.acos(c)) for c in (cosine[0, 1], cosine[0, 2], cosine[1, 2]))
-        norms = product.diag().sqrt().tolist()
-        table.append({"bin": b, "lang_vis": vis_lang, "std_vis": std_vis, "std_lang": std_lang, "norms": dict(zip(("std", "vis", "lang"), norms))})
-    common.say("\nangles between gradients, in degrees; bin 9: the most visual tenth of the tokens\n bin   Lang-Vis   Std-Vis   Std-Lang")
-    for row in table:
-        common.say(f"{row['bin']:4d} {row['lang_vis']:10.1f} {row['std_vis']:9.1f} {row['std_lang']:10.1f}")
-    if common.rank() == 0:
-        (run.path / "angles.json").write_text(json.dumps(table, indent=2) + "\n")
-        print(f"written to {run.path / 'angles.json'}")
-
-
-# ====================================================================================================== main
-def load_models(args: Args, texts: list[str], updates: int) -> Models:
-    """Student, teacher and rollout engine. Stops before any weights are loaded if student and teacher cannot work together."""
-    processor = common.Processor(args.student)
-    if args.method != "grpo":
-        common.check_same_inputs(processor, common.Processor(args.teacher), texts)
-    student = common.load_model(args.student, args.dtype, True, args.freeze_vision, args.gradient_checkpointing)
-    teacher = common.load_model(args.teacher, args.dtype, False) if args.method != "grpo" else None
-    heads = [model.head() for model in (student, teacher) if model is not None]
-    vocab = min(processor.vocab, *(len(head) for head in heads), len(heads[0]))
-    engine = common.HFEngine(args.student, processor, args)
-    return Models(processor, student, teacher, engine, heads[-1], vocab, *common.make_optimizer(student, args, updates))
+    common.refuse_ignored(args, given, ignored)
 
 
 def main() -> None:
@@ -420,7 +358,7 @@ def main() -> None:
     steps = common.count_steps(args, train)
     run = common.Run("vgs", args)
     texts = [processor.render(with_image((train or held_out)[i])) for i in range(min(32, len(train or held_out)))]
-    models = load_models(args, texts, steps * args.updates)
+    models = common.load_models(args, processor, None if args.method == "grpo" else args.teacher, texts, steps * args.updates)
     if args.analyze:
         return analyze(models, held_out, args, run)
 
@@ -434,21 +372,17 @@ def main() -> None:
             parts = [score(part, models, args) for part in common.split(samples, args.updates)]
             progress.phase("score")
             for micros in parts:
-                weigh(micros, args, eta)
                 if steers(args) and args.measure_eta and updates % args.measure_eta == 0:
                     measured = measure_eta(micros, models, args)
                     eta = measured["eta"]
-                    weigh(micros, args, eta)
                     progress.log(measured)
+                weigh(micros, args, eta)
                 progress.log(update(micros, models, args))
                 updates += 1
             progress.phase("update")
             models.engine.sync(models.student.named_parameters())
             progress.phase("sync")
-            progress.log(common.mean_over_ranks({"finished": [s.response.finished for s in samples], "reward": [s.reward for s in samples]}))
-            for s in samples[: args.log_samples]:
-                run.write("samples.jsonl", {"step": step, "row": s.row["index"], "problem": s.row["problem"], "response": s.response.text,
-                                            "ids": s.response.ids, "answer": s.row.get("answer"), "reward": s.reward})
+            progress.samples(samples, args, rewarded=uses_rewards(args))
             progress.evaluate(models.engine, held_out, with_image, args)
     run.save("final", models.student, models.processor)
 

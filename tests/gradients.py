@@ -13,7 +13,7 @@ import common  # noqa: E402
 import vgs  # noqa: E402
 
 
-def fixed_samples(processor, rows, count: int) -> list[vgs.Sample]:
+def fixed_samples(processor, rows, count: int) -> list[common.Sample]:
     """Responses of 3 to 12 tokens, drawn once for all layouts."""
     generator = torch.Generator().manual_seed(5)
     samples = []
@@ -22,7 +22,8 @@ def fixed_samples(processor, rows, count: int) -> list[vgs.Sample]:
         ids = torch.randint(0, processor.vocab - 20, (n,), generator=generator).tolist()
         row = rows[i]
         response = common.Response(ids, [-1.0] * n, True)
-        samples.append(vgs.Sample(row, processor.encode(vgs.with_image(row)), processor.encode(vgs.without_image(row)), response, 0.0, (-1.0) ** i))
+        prompts = {"image": processor.encode(vgs.with_image(row)), "text": processor.encode(vgs.without_image(row))}
+        samples.append(common.Sample(row, prompts, response, 0.0, (-1.0) ** i))
     return samples
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     args = vgs.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", method=method, lambda_lp=0.5, micro_batch=int(micro),
                     loss_chunk=int(chunk), prompts=len(counts), **mixed)
     common.start_distributed(args)
-    models = vgs.load_models(args, ["a"], updates=1)
+    models = common.load_models(args, common.Processor(args.student), args.teacher, ["a"], updates=1)
     rows = common.Rows(f"{tiny}/rows.parquet", "train", {"problem": "problem"})
     first = sum(counts[: common.rank()])
     samples = fixed_samples(models.processor, rows, sum(counts))[first : first + counts[common.rank()]]

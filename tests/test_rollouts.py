@@ -110,7 +110,7 @@ def test_group_responses_are_consecutive_and_rewarded_within_their_group(tiny, t
     hf = engine(tiny, processor, max_response=4)
     texts = iter([r"\boxed{X}", r"\boxed{no}", r"\boxed{no}", r"\boxed{no}"])
     monkeypatch.setattr(hf, "generate", lambda prompts, *_: [common.Response([1], [0.0], True, next(texts)) for _ in prompts])
-    models = vgs.Models(processor, None, None, hf, None, 0, None, None)
+    models = common.Models(processor, None, hf, None, None, 0)
     rows = [tiny_rows[0] | {"answer": "X"}, tiny_rows[1] | {"answer": "Y"}]
     samples = vgs.rollout(rows, models, vgs.Args(method="grpo", group=2))
     assert [s.row["index"] for s in samples] == [0, 0, 1, 1] and [s.reward for s in samples] == [1, 0, 0, 0]

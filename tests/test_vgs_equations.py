@@ -144,8 +144,8 @@ def test_gamma_and_lambda_zero_are_standard_exactly():
 def micro(lengths, vds=None, advantage=0.0):
     """A micro-batch without sequences, for weigh alone."""
     n = sum(lengths)
-    return vgs.Micro({}, torch.zeros(n, dtype=torch.long), common.per_token(lengths, lengths), torch.zeros(n), torch.full((n,), advantage),
-                     [], torch.zeros(n), vds=vds)
+    return vgs.Micro({}, 2, torch.zeros(n, dtype=torch.long), common.per_token(lengths, lengths), torch.zeros(n), torch.full((n,), advantage),
+                     torch.zeros(n), vds=vds)
 
 
 def test_eq_3_16_17_18_weights_are_response_means():
@@ -156,7 +156,7 @@ def test_eq_3_16_17_18_weights_are_response_means():
     m = micro([2, 4], vds)
     vgs.weigh([m], args, eta=0.5)
     mean = torch.tensor([1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
-    torch.testing.assert_close(m.weights, torch.stack([0.5 * mean, 0.5 * 2 * mean, 0.5 * 0.1 * mean * (vds > q70), 0 * mean]))
+    torch.testing.assert_close(m.weights, torch.stack([0.5 * mean, 0.5 * 2 * mean, 0.5 * 0.1 * mean * (vds > q70), *[0 * mean] * 4]))
 
 
 def test_quantiles_and_divisors_span_the_micro_batches():
@@ -173,10 +173,10 @@ def test_eq_22_mixes_with_grpo():
     m = micro([2, 4], advantage=1.0)
     vgs.weigh([m], args, eta=1.0)
     mean = torch.tensor([1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
-    torch.testing.assert_close(m.weights, torch.stack([0.3 * mean, 0.3 * 2 * mean, 0 * mean, -0.7 * mean]))
+    torch.testing.assert_close(m.weights, torch.stack([0.3 * mean, 0.3 * 2 * mean, 0 * mean, -0.7 * mean, *[0 * mean] * 3]))
     grpo = micro([2, 4], advantage=1.0)
     vgs.weigh([grpo], vgs.Args(method="grpo", group=2), eta=1.0)
-    torch.testing.assert_close(grpo.weights, torch.stack([0 * mean, 0 * mean, 0 * mean, -mean]))
+    torch.testing.assert_close(grpo.weights, torch.stack([0 * mean, 0 * mean, 0 * mean, -mean, *[0 * mean] * 3]))
 
 
 def test_clipped_surrogate_and_its_gradient():
