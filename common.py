@@ -1,9 +1,9 @@
 """What the five methods share: settings, data, contexts, rollouts, the chunked vocabulary loss, GRPO, answers, FSDP2, logs.
 
-Read it next to a method file. Its order is that of a training step:
+Read it next to a method file. Its order is that of a run:
 
-    settings -> distributed -> data -> contexts and encoding -> models -> rollout engine
-             -> vocabulary in chunks -> GRPO -> answers -> evaluation -> optimizer -> run folder
+    settings, distributed, data, contexts and encoding, models, rollouts, samples and micro-batches,
+    the vocabulary in chunks, GRPO, answers, evaluation, optimizer, run folder
 
 Three conventions hold everywhere:
   * Response tokens are flat. Every per-token quantity is a vector [N] with one entry per response token, and every model's
@@ -114,7 +114,7 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     for name, low, high in (("temperature", 1e-6, 100), ("top_p", 1e-6, 1), ("lr", 0, 10), ("grad_clip", 1e-12, math.inf)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must lie in [{low}, {high}]")
-    if (args.prompts * args.group) % args.updates or args.prompts % args.updates:
+    if args.prompts % args.updates:
         raise UserError(f"--prompts {args.prompts} cannot be dealt out to --updates {args.updates}: choose a divisor")
     return args, given
 
@@ -244,7 +244,7 @@ class Rows:
         try:
             if path.is_file():
                 if path.suffix not in kinds:
-                    raise UserError(f"--data {name!r}: {path.suffix!r} files are not read; use {', '.join(kinds)}, a folder or a hub name")
+                    raise UserError(f"data set {name!r}: {path.suffix!r} files are not read; use {', '.join(kinds)}, a folder or a hub name")
                 data = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
             elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
                 data = datasets.load_from_disk(str(path))
@@ -260,10 +260,10 @@ class Rows:
             if split not in data:
                 raise UserError(f"data set {name!r} has no split {split!r}; it has: {', '.join(data)}")
             data = data[split]
-        missing = {ours: theirs for ours, theirs in columns.items() if theirs not in data.column_names}
-        for ours, theirs in missing.items():
-            raise UserError(f"data set {name!r} has no column {theirs!r}; it has: {', '.join(data.column_names)}. "
-                            f"Say which one holds the {ours} with --column-{ours} NAME")
+        for ours, theirs in columns.items():
+            if theirs not in data.column_names:
+                raise UserError(f"data set {name!r} has no column {theirs!r}; it has: {', '.join(data.column_names)}. "
+                                f"Say which one holds the {ours} with --column-{ours} NAME")
         if len(data) == 0:
             raise UserError(f"data set {name!r} is empty")
         self.columns = {c: c for c in data.column_names} | columns
@@ -284,44 +284,47 @@ class Rows:
             row["images"] = [open_image(image, self.root) for image in images if image is not None]
         return row
 
-    def check(self, skip: bool, min_side: int = 0, answers: bool = False, length=None) -> None:
+    def check(self, skip: bool, min_side: int = 0, answers: bool = False, complaint=None) -> None:
         """Read every row once, each rank its share, before any model is loaded. Stops with the bad rows named, or skips them.
 
         min_side: smallest image side in pixels, 0 where images are not needed. answers: must be non-empty.
-        length: fn(row) -> None, or what is wrong with it.
+        complaint: fn(row) -> what else is wrong with it, or None.
         """
+
+        from PIL import Image
+        from tqdm import tqdm
 
         def wrong(i: int) -> str | None:
             try:
                 row = self[i]
-            except (OSError, ValueError, SyntaxError) as e:  # what PIL raises on missing, truncated or unreadable files
-                return f"row {i}: the image cannot be read ({e})"
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # PIL, on missing or unreadable files
+                return f"the image cannot be read ({e})"
             if not str(row["problem"] or "").strip():
-                return f"row {i}: the question is empty"
+                return "the question is empty"
             if min_side and not row.get("images"):
-                return f"row {i}: there is no image"
-            if min_side and min(min(image.size) for image in row["images"]) < min_side:
-                return f"row {i}: an image is {row['images'][0].size[0]} x {row['images'][0].size[1]} pixels, smaller than a patch ({min_side})"
-            if answers and (row.get("answer") is None or not str(row["answer"]).strip()):
-                return f"row {i}: the answer is empty, and this run needs it for its reward or evaluation"
-            return f"row {i}: {problem}" if length and (problem := length(row)) else None
-
-        from tqdm import tqdm
+                return "there is no image"
+            for image in row["images"] if min_side else ():
+                if min(image.size) < min_side:
+                    return f"an image is {image.width} x {image.height} pixels, smaller than a patch ({min_side})"
+            if answers and not str(row["answer"] if row["answer"] is not None else "").strip():
+                return "the answer is empty, and this run needs it for its reward or evaluation"
+            return complaint(row) if complaint else None
 
         mine = range(rank(), len(self), world_size())
         with ThreadPoolExecutor(8) as pool:
-            found = list(tqdm(pool.map(wrong, mine), f"checking {self.name}", len(mine), leave=False, disable=rank() != 0, unit="row"))
-        bad = sorted((message for part in all_gather_object([m for m in found if m]) for message in part), key=lambda m: int(m[4 : m.index(":")]))
+            messages = tqdm(pool.map(wrong, mine), f"checking {self.name}", len(mine), leave=False, disable=rank() != 0, unit="row")
+            found = [(i, message) for i, message in zip(mine, messages) if message]
+        bad = dict(sorted(pair for part in all_gather_object(found) for pair in part))
+        first = "\n  ".join(f"row {self.kept[i]}: {message}" for i, message in list(bad.items())[:10])
         if bad and not skip:
             more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
-            raise UserError(f"{len(bad)} of {len(self)} rows of {self.name!r} cannot be used:\n  " + "\n  ".join(bad[:10]) + more +
-                            "\nMend them, or leave them out with --skip-bad-rows")
-        dropped = {int(m[4 : m.index(":")]) for m in bad}
-        self.kept = [k for i, k in enumerate(self.kept) if i not in dropped]
+            raise UserError(f"{len(bad)} of {len(self)} rows of {self.name!r} cannot be used:\n  {first}{more}\n"
+                            "Mend them, or leave them out with --skip-bad-rows")
+        if len(bad) == len(self):
+            raise UserError(f"every row of {self.name!r} is bad:\n  {first}")
         if bad:
-            say(f"{self.name}: {len(bad)} bad rows skipped, {len(self)} left; the first: {bad[0]}")
-        if not self.kept:
-            raise UserError(f"every row of {self.name!r} is bad; the first: {bad[0]}")
+            say(f"{self.name}: {len(bad)} of {len(self)} rows skipped:\n  {first}")
+        self.kept = [k for i, k in enumerate(self.kept) if i not in bad]
 
 
 def open_image(image, root: Path):
@@ -394,7 +397,6 @@ class Processor:
         vision = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         self.banned = sorted({getattr(self.config, key) for key in vision if getattr(self.config, key, None) is not None})
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
-        self.cache: dict[int, tuple] = {}
 
     @property
     def patch(self) -> int:
@@ -406,25 +408,28 @@ class Processor:
         return self.tokenizer.apply_chat_template(context.messages, tokenize=False, add_generation_prompt=True) + context.prefill
 
     def encode(self, context: Context) -> Prompt:
-        text = self.render(context)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids, with each placeholder expanded to as many as its image has merged patches, and the pixels."""
+        ids = self.tokenizer(self.render(context), add_special_tokens=False)["input_ids"]
+        if self.image_id is None and context.images:
+            raise ValueError(f"{self.name!r} is a text-only model and was given an image")
+        if self.image_id is not None and ids.count(self.image_id) != len(context.images):
+            raise ValueError(f"a prompt has {len(context.images)} images and {ids.count(self.image_id)} image placeholders")
         if not context.images:
-            if self.image_id is not None and self.image_id in ids:
-                raise UserError(f"a prompt without an image holds an image placeholder; remove it from the question: {text[:200]!r}")
             return Prompt(ids)
-        if self.image_id is None:
-            raise UserError(f"{self.name!r} is a text-only model and was given an image")
         pixels = self.images(images=context.images, return_tensors="pt")
         grid = pixels["image_grid_thw"]
         counts = iter((grid.prod(-1) // self.images.merge_size**2).tolist())
-        if ids.count(self.image_id) != len(grid):
-            raise UserError(f"a prompt has {len(grid)} images and {ids.count(self.image_id)} image placeholders: {text[:200]!r}")
         expanded = [i for token in ids for i in ([token] * next(counts) if token == self.image_id else [token])]
         return Prompt(expanded, pixels["pixel_values"], grid)
 
-    def too_long(self, context: Context, limit: int) -> str | None:
-        """What is wrong with a context whose prompt exceeds `limit` tokens. Cheap: pixels are not made, short texts not tokenized."""
+    def complaint(self, context: Context, limit: int) -> str | None:
+        """What keeps a context from being used: more than `limit` tokens, or image placeholders that its text brings along.
+
+        Cheap: pixels are not made, and a text that cannot be too long is not tokenized.
+        """
         text, size = self.render(context), 0
+        if self.image_id is not None and text.count(self.tokenizer.convert_ids_to_tokens(self.image_id)) != len(context.images):
+            return f"the text holds an image placeholder of its own ({self.tokenizer.convert_ids_to_tokens(self.image_id)}); remove it"
         for image in context.images:
             size += self.images.get_number_of_image_patches(image.height, image.width) // self.images.merge_size**2
         if size + len(text.encode()) <= limit:  # a byte-level token is at least a byte
@@ -487,22 +492,24 @@ def check_same_inputs(student: Processor, teacher: Processor, texts: list[str]) 
 
 
 def load_rows(args: Args, processor: Processor, contexts: list, held_out: bool = False, images: bool = True, answers: bool = True) -> Rows | None:
-    """The training rows, or the held-out ones (None if there are none), read through once and checked before any model is loaded.
+    """The training rows, or the held-out ones (None without --eval-data), read once and checked before any model is loaded.
 
     contexts: functions row -> Context whose prompts have to fit into --max-prompt.
     """
     name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
-    if not name:
+    if not name and held_out:
         return None
+    if not name:
+        raise UserError("there is no training data: name it with --data")
     columns = {"problem": args.column_problem} | ({"images": args.column_images} if images else {}) | ({"answer": args.column_answer} if answers else {})
     rows = Rows(name, split, columns)
     if held_out and 0 < args.eval_rows < len(rows):
         rows.kept = rows.kept[: args.eval_rows]
 
-    def too_long(row: dict) -> str | None:
-        return next((wrong for context in contexts if (wrong := processor.too_long(context(row), args.max_prompt))), None)
+    def complaint(row: dict) -> str | None:
+        return next((wrong for context in contexts if (wrong := processor.complaint(context(row), args.max_prompt))), None)
 
-    rows.check(args.skip_bad_rows, processor.patch if images else 0, answers, too_long)
+    rows.check(args.skip_bad_rows, processor.patch if images else 0, answers, complaint)
     return rows
 
 

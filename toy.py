@@ -4,7 +4,7 @@
     python toy.py --family qwen2_5_vl     the same with Qwen2.5-VL classes
 
 A question shows a strip of three of the 1,797 handwritten digits that scikit-learn ships (8 x 8 scans, enlarged to 32 x 32
-pixels) and asks for their sum, their largest, ... Seeing is hard and reasoning is easy, and the two can be told apart in the
+pixels) and asks for a sum, a difference, the largest digit, ... Seeing is hard and reasoning is easy, and the two can be told apart in the
 answer: a wrong digit is an error of perception, a wrong sum one of reasoning. The digits are split by image: no scan of the
 held-out strips occurs in training.
 
@@ -112,6 +112,7 @@ def respond(row: dict, style: str) -> str:
 
 
 def asking(row: dict, extra: str, images: bool = True, system: bool = False) -> common.Context:
+    """The row's question with `extra` text behind it, with or without its images and VGS's system prompt."""
     user = common.user_message(row["problem"] + extra, len(row["images"]) if images else 0)
     return common.Context([vgs.SYSTEM, user] if system else [user], row["images"] if images else [])
 
@@ -148,6 +149,7 @@ TEMPLATE = (
     "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# How Qwen's tokenizers cut text before merging (their tokenizer.json): digits one by one, words with the space before them.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -177,20 +179,20 @@ def make_model(family: str, tokenizer, hidden: int, layers: int, vision: int, vo
     rope = dict(rope_type="default", rope_theta=10000.0)
     images = dict(image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), tie_word_embeddings=True,
                   vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
+    eyes = dict(depth=2, hidden_size=vision, intermediate_size=2 * vision, num_heads=2, out_hidden_size=hidden, initializer_range=0.05)
     if family == "qwen3":
         return t.Qwen3ForCausalLM(t.Qwen3Config(**text, head_dim=32, rope_parameters=rope))
     if family == "qwen3_vl":
-        eyes = dict(depth=2, initializer_range=0.05, hidden_size=vision, intermediate_size=2 * vision, num_heads=2, out_hidden_size=hidden, patch_size=16,
-                    deepstack_visual_indexes=[0], num_position_embeddings=64)
+        eyes |= dict(patch_size=16, deepstack_visual_indexes=[0], num_position_embeddings=64)
         text |= dict(head_dim=32, rope_parameters=rope | dict(mrope_section=[8, 4, 4], mrope_interleaved=True))
         return t.Qwen3VLForConditionalGeneration(t.Qwen3VLConfig(text_config=text, vision_config=eyes, **images))
-    eyes = dict(depth=2, initializer_range=0.05, hidden_size=vision, intermediate_size=2 * vision, num_heads=2, out_hidden_size=hidden, patch_size=14,
-                window_size=56, fullatt_block_indexes=[1])
+    eyes |= dict(patch_size=14, window_size=56, fullatt_block_indexes=[1])
     text |= dict(rope_parameters=rope | dict(mrope_section=[8, 4, 4]))
     return t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **images))
 
 
 def image_processor(family: str):
+    """The family's image processor, with the mean and deviation of these strips and no lower limit of size but one patch."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     patch = 16 if family == "qwen3_vl" else 14
@@ -199,7 +201,7 @@ def image_processor(family: str):
 
 
 # ====================================================================================================== training
-def train(folder: Path, rows: list[dict], phases: list[tuple[int, dict[str, int]]], title: str, stop=None, batch: int = 32, lr: float = 3e-3, seed: int = 0):
+def train(folder: Path, rows: list[dict], phases: list[tuple[int, dict]], title: str, stop=None, batch: int = 32, lr: float = 3e-3) -> None:
     """Next-token training of the checkpoint in `folder` on solutions. phases: (steps, weights of the contexts drawn from).
 
     stop: (rows, accuracy) ends the training when that share of greedy answers to those rows is right.
@@ -213,7 +215,7 @@ def train(folder: Path, rows: list[dict], phases: list[tuple[int, dict[str, int]
     warmup, steps = 30, sum(count for count, _ in phases)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 1.0 if stop else 1.02 - i / steps))
     engine = common.HFEngine(str(folder), processor, common.Args(rollout_batch=256, dtype="float32")) if stop else None
-    rng, encoded = random.Random(seed), {}
+    rng, encoded = random.Random(0), {}
     bar = tqdm([mix for count, mix in phases for _ in range(count)], desc=title, unit="step", mininterval=1)
     for step, mix in enumerate(bar):
         prompts, responses = [], []
@@ -287,7 +289,7 @@ def build(folder: Path, family: str) -> None:
         if vision:
             image_processor(kind).save_pretrained(folder / name)
     train(folder / "teacher", rows["train"], TEACHER, "teacher")
-    train(folder / "student", rows["train"], STUDENT, "student", stop=(rows["train"][:400], 0.5))
+    train(folder / "student", rows["train"], STUDENT, "student", stop=(rows["train"][:400], 0.45))
     train(folder / "text-teacher", rows["train"], TEXT_TEACHER, "text-only teacher")
 
 

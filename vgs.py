@@ -56,7 +56,7 @@ HUB = dict(data="LMMs-Lab-Turtle/Vision-SR1-47K", prompts=128, group=4, max_prom
 PRESETS = {
     "toy": dict(student="toy/student", teacher="toy/teacher", data="toy/train", eval_data="toy/test", dtype="float32", lr=1e-3,
                 warmup=10, schedule="linear",
-                lambda_lp=0.3, micro_batch=32, max_steps=150, eval_every=25),
+                lambda_lp=0.3, micro_batch=32, max_steps=150, eval_every=25, eval_rows=400),
     "2b": dict(student="Qwen/Qwen3-VL-2B-Instruct", teacher="runs/teacher/final", eta=0.41, **HUB),
     "4b": dict(student="Qwen/Qwen3-VL-4B-Instruct", teacher="runs/teacher/final", eta=0.36, **HUB),
     "teacher": HUB | dict(student="Qwen/Qwen3-VL-8B-Instruct", method="grpo", output="runs/teacher", epochs=2, prompts=512, group=8,
@@ -323,8 +323,8 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError(f"--alpha is {args.alpha}; it must lie in [0, 1]")
     if min(args.gamma, args.lambda_lp, args.measure_eta) < 0 or args.eta <= 0:
         raise common.UserError("--gamma, --lambda-lp and --measure-eta must not be negative, and --eta must be positive")
-    if args.analyze and not preserves(args):
-        raise common.UserError("--analyze needs all four distributions: use it with --method vgs-lp")
+    if args.analyze and not (preserves(args) and args.eval_data):
+        raise common.UserError("--analyze needs all four distributions and held-out questions: --method vgs-lp and --eval-data")
     ignored = {}
     if args.method in ("standard", "grpo"):
         ignored |= dict.fromkeys(("gamma", "eta", "measure_eta"), f"--method {args.method} does not steer")

@@ -63,3 +63,17 @@ def run_script(*argv, torchrun: int = 0, timeout: int = 300, cwd: Path = ROOT, e
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)] if torchrun else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""} | (env or {})
     return subprocess.run([sys.executable, *launch, *map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def layout_gradient(tiny: Path, tmp_path: Path, shares: str, micro: int, chunk: int, method: str, alpha: float) -> dict:
+    """Gradient of one update on fixed rollouts (gradients.py), with the samples dealt out to ranks as `shares` says."""
+    out, ranks = tmp_path / f"{shares}-{micro}-{chunk}-{method}.pt", len(shares.split(","))
+    result = run_script("tests/gradients.py", tiny, out, shares, micro, chunk, method, alpha, torchrun=ranks if ranks > 1 else 0)
+    assert result.returncode == 0, result.stderr
+    return torch.load(out)
+
+
+def distance(a: dict, b: dict) -> float:
+    """Relative L2 distance of two gradients, parameter by parameter; b is the reference."""
+    difference = sum((a[name].double() - b[name].double()).square().sum() for name in b)
+    return (difference / sum(g.double().square().sum() for g in b.values())).sqrt().item()

@@ -1,6 +1,6 @@
 """Worker of test_distributed.py: the gradient of one update on fixed rollouts, written whole by the first rank.
 
-python tests/gradients.py TINY OUT SHARES MICRO CHUNK METHOD   with SHARES like 4,0: how many of the samples each rank holds.
+python tests/gradients.py TINY OUT SHARES MICRO CHUNK METHOD ALPHA   with SHARES like 4,0: how many of the samples each rank holds.
 """
 
 import sys
@@ -28,24 +28,23 @@ def fixed_samples(processor, rows, count: int) -> list[common.Sample]:
 
 
 def main() -> None:
-    tiny, out, shares, micro, chunk, method = sys.argv[1:]
+    tiny, out, shares, micro, chunk, method, alpha = sys.argv[1:]
     counts = [int(n) for n in shares.split(",")]
-    mixed = dict(alpha=0.3, group=2) if method != "standard" else {}  # GRPO's surrogate takes part as well
     args = vgs.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", method=method, lambda_lp=0.5, micro_batch=int(micro),
-                    loss_chunk=int(chunk), prompts=len(counts), **mixed)
+                    loss_chunk=int(chunk), prompts=len(counts), alpha=float(alpha), group=2)
     common.start_distributed(args)
     models = common.load_models(args, common.Processor(args.student), args.teacher, ["a"], updates=1)
     rows = common.Rows(f"{tiny}/rows.parquet", "train", {"problem": "problem"})
     first = sum(counts[: common.rank()])
     samples = fixed_samples(models.processor, rows, sum(counts))[first : first + counts[common.rank()]]
     micros = vgs.score(samples, models, args)
+    eta = vgs.measure_eta(micros, models, args)["eta"] if vgs.steers(args) else None
     vgs.weigh(micros, args, eta=0.7)
     vgs.accumulate(micros, models, args)
     gradient = {name: common.whole(p.grad).clone() for name, p in models.student.named_parameters()}
+    norm = common.grad_norm(models.student)
     if common.rank() == 0:
-        torch.save(gradient | {"norm": common.grad_norm(models.student)}, out)
-    else:
-        common.grad_norm(models.student)
+        torch.save({"gradient": gradient, "norm": norm.item(), "eta": eta}, out)
 
 
 if __name__ == "__main__":

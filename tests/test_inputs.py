@@ -98,6 +98,7 @@ def bad_rows(folder, good):
         (good | {"images": "missing.png"}, "missing.png"), (good | {"images": "text.png"}, "cannot be read"), (good | {"images": "cut.png"}, "cannot be read"),
         (good | {"images": "flat.png"}, "64 x 8 pixels"), (good | {"images": None}, "no image"), (good | {"answer": " "}, "answer is empty"),
         (good | {"answer": None}, "answer is empty"), (good | {"problem": ""}, "question is empty"), (good | {"problem": "why " * 2000}, "--max-prompt"),
+        (good | {"problem": "What is <|image_pad|>?"}, "image placeholder"),
     ]
 
 
@@ -119,7 +120,7 @@ def test_an_empty_answer_is_fine_where_no_reward_needs_it(tmp_path, tiny, good):
 
 
 def test_every_row_bad(tmp_path, tiny, good):
-    with pytest.raises(common.UserError, match="every row"):
+    with pytest.raises(common.UserError, match="every row of"):
         load(write(tmp_path, [good | {"images": "missing.png"}]), tiny, skip=True)
 
 

@@ -1,0 +1,85 @@
+"""The gradient of a whole update against an independent float64 computation from the paper.
+
+The reference reads every sequence alone through transformers' model, whole logits, no padding, no chunks, probabilities
+instead of log-probabilities, one autograd call. It shares the fixed rollouts with the code under test, and nothing else.
+"""
+
+import pytest
+import torch
+from conftest import distance, layout_gradient
+from gradients import fixed_samples
+
+import common
+
+GAMMA, LAMBDA, ETA = 2.0, 0.5, 0.7  # as in gradients.py
+
+
+def read(lm, prompt, ids, image_id, vocab):
+    """Next-token probabilities [T, V] for the tokens ids after the prompt."""
+    tokens = torch.tensor([prompt.ids + ids])
+    inputs = {"input_ids": tokens, "mm_token_type_ids": (tokens == image_id).int()}
+    if prompt.pixels is not None:
+        inputs |= {"pixel_values": prompt.pixels.double(), "image_grid_thw": prompt.grid}
+    start = len(prompt.ids) - 1
+    return lm(**inputs).logits[0, start : start + len(ids), :vocab].softmax(-1)
+
+
+def kl(a, b):
+    return (a * (a / b).log()).sum(-1)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    """Per response: Std, Vis, Lang, VDS [T], log p of the sampled tokens, and its advantage; with a graph to the student."""
+    processor = common.Processor(str(tiny / "student"))
+    rows = common.Rows(str(tiny / "rows.parquet"), "train", {"problem": "problem"})
+    student, teacher = (common.Model(str(tiny / name), torch.float64).lm for name in ("student", "teacher"))
+    responses = []
+    for sample in fixed_samples(processor, rows, 8):
+        image, text, ids = sample.prompts["image"], sample.prompts["text"], sample.response.ids
+        pI, pL = (read(student, p, ids, processor.image_id, processor.vocab) for p in (image, text))
+        with torch.no_grad():
+            qI, qL = (read(teacher, p, ids, processor.image_id, processor.vocab) for p in (image, text))
+        target = pL.detach() * qI / qL  # Eq. 9, 10
+        target = target / target.sum(-1, keepdim=True)
+        responses.append((kl(pI, qI), kl(pI, target), kl(pL, qL), kl(qI, qL), pI[range(len(ids)), ids].log(), sample.advantage))
+    return student, responses
+
+
+def loss_of(method, alpha, responses):
+    """Eq. 17, 18, 19, 22, 24 as the mean over responses of the mean over each one's tokens."""
+    scores = torch.cat([vds for _, _, _, vds, _, _ in responses]).sort().values
+
+    def percentile(p):  # linear interpolation
+        at = p * (len(scores) - 1)
+        return scores[int(at)] + (at - int(at)) * (scores[int(at) + 1] - scores[int(at)])
+
+    q40, q70 = percentile(0.4), percentile(0.7)
+    total = 0.0
+    for std, vis, lang, vds, log_p, advantage in responses:
+        top = (vds > q70).double()
+        gamma_t = torch.where(vds > q70, GAMMA, torch.where(vds > q40, GAMMA / 2, 0.0))
+        token = {"standard": std, "vgs": std + GAMMA * vis, "vgs-lp": std + GAMMA * vis + LAMBDA * top * lang,
+                 "adaptive": std + gamma_t * vis + LAMBDA * top * lang, "lang-steer": std + GAMMA * lang + LAMBDA * top * vis}[method]
+        surrogate = ((log_p - log_p.detach()).exp() * advantage).mean()  # the ratio is 1: clipping does not bind
+        total = total + alpha * ETA * token.mean() - (1 - alpha) * surrogate
+    return total / len(responses)
+
+
+def gradient_of(loss, student):
+    names = [f"lm.{name}" for name, _ in student.named_parameters()]
+    return dict(zip(names, torch.autograd.grad(loss, list(student.parameters()), retain_graph=True)))
+
+
+@pytest.mark.parametrize("method, alpha", [("standard", 1.0), ("vgs", 1.0), ("vgs-lp", 1.0), ("adaptive", 1.0), ("lang-steer", 1.0), ("vgs-lp", 0.3)])
+def test_whole_update(tiny, tmp_path, reference, method, alpha):
+    student, responses = reference
+    expected = gradient_of(loss_of(method, alpha, responses), student)
+    got = layout_gradient(tiny, tmp_path, "8", 3, 7, method, alpha)
+    assert distance(got["gradient"], expected) < 2e-6
+    if got["eta"] is not None:  # Eq. 15, 20
+        steered = {"lang-steer": 2, "adaptive": None}.get(method, 1)
+        if steered is not None:
+            norms = [sum(g.square().sum() for g in gradient_of(sum(f(r).mean() for r in responses), student).values()).sqrt()
+                     for f in (lambda r: r[0], lambda r: r[0] + GAMMA * r[steered])]
+            assert got["eta"] == pytest.approx((norms[0] / norms[1]).item(), rel=1e-5)
