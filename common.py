@@ -87,6 +87,7 @@ class Args:
     eval_every: int = 50  # rollout batches between evaluations; 0 = only at the start and the end
     eval_rows: int = 300  # held-out questions an evaluation asks; 0 = all of them
     eval_samples: int = 0  # k of Acc@k, pass@k and maj@k at temperature 1, at the end; 0 = greedy Acc@1 only
+    save_every: int = 0  # steps between checkpoints of the weights in checkpoints/; 0 = only final/
     log_samples: int = 8  # responses of the first rank that a step writes to samples.jsonl
     output: str = ""  # run folder; default: runs/<method>-<preset>-<time>
     tracker: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
@@ -152,9 +153,17 @@ def start_distributed(args: Args) -> None:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(args.seed + rank())
-    if (args.prompts // args.updates) % world_size():
-        raise UserError(f"{world_size()} ranks cannot share {args.prompts // args.updates} questions an update evenly: choose --prompts as a "
-                        f"multiple of {world_size() * args.updates} (ranks x updates)")
+
+
+def launch(main) -> None:
+    """Run a method's main(): Ctrl-C ends it without a traceback, and the ranks part only when all have finished."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise UserError("interrupted outside of training") from None
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -184,6 +193,19 @@ def all_gather_object(x) -> list:
     parts = [None] * world_size()
     dist.all_gather_object(parts, x)
     return parts
+
+
+def quantile(x: Tensor, q: Tensor) -> Tensor:
+    """Quantiles q [k] of the vectors x [n_r] of all ranks together, linearly interpolated; no limit on their number of elements.
+
+    quantile([0, 1, 2, 3, 4, 5], [0.4, 0.7]) -> [2.0, 3.5]. Without any element: inf.
+    """
+    x = all_gather(x).sort().values
+    if len(x) == 0:
+        return torch.full_like(q, math.inf, device=x.device)
+    at = q.to(x.device, torch.float64) * (len(x) - 1)
+    low = at.long()
+    return torch.lerp(x[low], x[(low + 1).clamp(max=len(x) - 1)], (at - low).to(x.dtype))
 
 
 def mean_over_ranks(values: dict[str, list]) -> dict[str, float]:
@@ -315,9 +337,9 @@ class Rows:
             messages = tqdm(pool.map(wrong, mine), f"checking {self.name}", len(mine), leave=False, disable=rank() != 0, unit="row")
             found = [(i, message) for i, message in zip(mine, messages) if message]
         bad = dict(sorted(pair for part in all_gather_object(found) for pair in part))
-        first = "\n  ".join(f"row {self.kept[i]}: {message}" for i, message in list(bad.items())[:10])
+        first = "\n  ".join(f"row {self.kept[i]}: {message}" for i, message in list(bad.items())[:20])
         if bad and not skip:
-            more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+            more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
             raise UserError(f"{len(bad)} of {len(self)} rows of {self.name!r} cannot be used:\n  {first}{more}\n"
                             "Mend them, or leave them out with --skip-bad-rows")
         if len(bad) == len(self):
@@ -427,11 +449,15 @@ class Processor:
 
         Cheap: pixels are not made, and a text that cannot be too long is not tokenized.
         """
-        text, size = self.render(context), 0
-        if self.image_id is not None and text.count(self.tokenizer.convert_ids_to_tokens(self.image_id)) != len(context.images):
-            return f"the text holds an image placeholder of its own ({self.tokenizer.convert_ids_to_tokens(self.image_id)}); remove it"
-        for image in context.images:
-            size += self.images.get_number_of_image_patches(image.height, image.width) // self.images.merge_size**2
+        text, placeholder = self.render(context), self.tokenizer.convert_ids_to_tokens(self.image_id) if self.image_id is not None else None
+        if placeholder and text.count(placeholder) != len(context.images):
+            return f"the text holds an image placeholder of its own ({placeholder}); remove it"
+        size = -len(context.images)  # each placeholder of the text gives way to its image's tokens
+        try:
+            for image in context.images:
+                size += self.images.get_number_of_image_patches(image.height, image.width) // self.images.merge_size**2
+        except ValueError as e:  # an extreme aspect ratio
+            return f"an image cannot be prepared ({e})"
         if size + len(text.encode()) <= limit:  # a byte-level token is at least a byte
             return None
         size += len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -473,10 +499,13 @@ class Processor:
         return self.encode(Context([user_message(" ", len(images))], images))
 
 
-def check_same_inputs(student: Processor, teacher: Processor, texts: list[str]) -> None:
+PROBE = ("Question: how many of the 12,345 digits are even? <reason>f(x) = 3*x**2 - 7/8</reason> \\boxed{\\frac{1}{2}}\n"
+         "Caf\u00e9 na\u00efve \u2713 \u03c0 \u2248 3.14; \u56fe\u4e2d\u6709\u591a\u5c11\uff1f \u0441\u043a\u043e\u043b\u044c\u043a\u043e?\tdef main(): return None")
+
+
+def check_same_inputs(student: Processor, teacher: Processor) -> None:
     """The teacher is to read the student's own prompts and response ids: stop if they would mean something else to it."""
-    texts = texts + [" ".join(map(str, student.tokenizer.all_special_tokens))]
-    for text in texts:
+    for text in (PROBE, " ".join(map(str, student.tokenizer.all_special_tokens))):
         ours, theirs = (p.tokenizer(text, add_special_tokens=False)["input_ids"] for p in (student, teacher))
         if ours != theirs:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
@@ -501,6 +530,8 @@ def load_rows(args: Args, processor: Processor, contexts: list, held_out: bool =
         return None
     if not name:
         raise UserError("there is no training data: name it with --data")
+    if images and processor.image_id is None:
+        raise UserError(f"{processor.name!r} is a text-only model, and this method shows it images")
     columns = {"problem": args.column_problem} | ({"images": args.column_images} if images else {}) | ({"answer": args.column_answer} if answers else {})
     rows = Rows(name, split, columns)
     if held_out and 0 < args.eval_rows < len(rows):
@@ -517,6 +548,9 @@ def count_steps(args: Args, rows: Rows | None) -> int:
     """Rollout batches of the run: --max-steps, or as many as the epochs hold."""
     if rows is None:
         return 0
+    if (args.prompts // args.updates) % world_size():
+        raise UserError(f"{world_size()} ranks cannot share {args.prompts // args.updates} questions an update evenly: choose --prompts as a "
+                        f"multiple of {world_size() * args.updates} (ranks x updates)")
     steps = args.max_steps or int(args.epochs * len(rows)) // args.prompts
     if steps == 0:
         raise UserError(f"{args.epochs} epochs of {len(rows)} rows do not fill one batch of --prompts {args.prompts}: lower it, or set --max-steps")
@@ -643,6 +677,9 @@ class HFEngine:
                 text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
                 responses.append(Response(ids[:end], values[: len(ids[:end])], end is not None, text))
         return responses
+
+
+ENGINES = {"hf": HFEngine}  # by --engine
 
 
 class Recorder:
@@ -979,7 +1016,7 @@ def grad_norm(model: nn.Module) -> Tensor:
 def clip_and_step(model: nn.Module, optimizer, schedule, limit: float) -> float:
     """Clip the gradient, step, clear. Stops every rank before the weights move if the gradient is not finite. Returns its norm."""
     norm = grad_norm(model)
-    value = norm.item()  # the step's one synchronisation with the device
+    value = norm.item()  # waits for the device, once an update and after its last backward pass
     if not math.isfinite(value):
         raise RuntimeError(f"the gradient norm is {value}: the weights were left as they are")
     torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], limit, norm)
@@ -1003,41 +1040,42 @@ class Models:
     head: Tensor | None = None  # the teacher's output matrix [V, H], whole on every rank
 
 
-def load_models(args: Args, processor: Processor, teacher: str | None, texts: list[str], updates: int) -> Models:
-    """Student, rollout engine, optimizer, and a frozen teacher that reads the student's own prompts.
-
-    Stops before any weights are loaded if the teacher's tokenizer or images differ; texts are what is compared.
-    """
-    if teacher is not None:
-        check_same_inputs(processor, Processor(teacher), texts)
+def load_models(args: Args, processor: Processor, teacher: str | None, updates: int) -> Models:
+    """Student, rollout engine, optimizer, and (None: no) frozen teacher."""
     student = load_model(args.student, args.dtype, True, args.freeze_vision, args.gradient_checkpointing)
     frozen = load_model(teacher, args.dtype, False) if teacher is not None else None
     vocab = min([processor.vocab, student.vocab] + ([frozen.vocab] if frozen else []))
-    engine = HFEngine(args.student, processor, args)
+    engine = ENGINES[args.engine](args.student, processor, args)
     return Models(processor, student, engine, *make_optimizer(student, args, updates), vocab, frozen, frozen and frozen.head())
 
 
 # ====================================================================================================== run folder
 class Run:
-    """The folder of a run: args.json, metrics.jsonl (one line a step), samples.jsonl, and at the end final/."""
+    """The folder of a run: args.json, metrics.jsonl (one line a step), samples.jsonl, checkpoints/, and at the end final/."""
 
     def __init__(self, method: str, args: Args):
-        name = f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = Path(all_gather_object(args.output or str(Path("runs", name)))[0])
+        """Choose the folder, and stop if it holds a run. Nothing is written before begin()."""
+        self.method, self.args, self.tracker = method, args, None
+        name = args.output or str(Path("runs", f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        self.path = Path(all_gather_object(name)[0])
         if all_gather_object((self.path / "args.json").exists())[0]:
             raise UserError(f"{self.path} already holds a run; choose another folder with --output")
-        self.tracker = None
+
+    def begin(self, plan: str) -> None:
+        """Create the folder, once nothing can be refused any more, and say what the run is going to do."""
+        say(f"{self.method}, preset {self.args.preset}: {plan}\nwriting to {self.path}")
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "args.json").write_text(json.dumps({"method": method, **dataclasses.asdict(args)}, indent=2) + "\n")
-            if args.tracker == "tensorboard":
+            settings = {"method": self.method, **dataclasses.asdict(self.args)}
+            (self.path / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+            if self.args.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.tracker = SummaryWriter(str(self.path))
-            elif args.tracker == "wandb":
+            elif self.args.tracker == "wandb":
                 import wandb
 
-                self.tracker = wandb.init(project="cleanopd", name=self.path.name, dir=str(self.path), config=dataclasses.asdict(args))
+                self.tracker = wandb.init(project="cleanopd", name=self.path.name, dir=str(self.path), config=settings)
 
     def write(self, file: str, record: dict) -> None:
         """Append one JSON line, at once on disk: a run that is interrupted leaves whole lines."""
@@ -1065,17 +1103,17 @@ class Run:
 
     def save(self, folder: str, model: Model, processor: Processor) -> None:
         """Write the whole model as an ordinary checkpoint, in the precision the model came with, aside first and then in place."""
-        stored = getattr(processor.config, "dtype", None) or torch.float32
+        stored = processor.config.dtype or processor.config.get_text_config().dtype or torch.float32
         weights = {}
         for name, parameter in model.named_parameters():
             full = whole(parameter)
             if rank() == 0:
                 weights[name.removeprefix("lm.")] = full.to(stored).cpu()
         if rank() == 0:
-            aside = self.path / f".{folder}.partial"
+            aside = self.path / f"{folder}.partial"
             save_checkpoint(model.lm, processor, aside, weights)
             aside.rename(self.path / folder)
-            print(f"saved {self.path / folder}")
+            say(f"saved {self.path / folder}")
         if world_size() > 1:
             dist.barrier()
 
@@ -1083,6 +1121,7 @@ class Run:
 def save_checkpoint(lm, processor: Processor, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """What from_pretrained and vLLM load: weights, config, tokenizer with chat template, image processor."""
     lm.save_pretrained(folder, state_dict=weights)
+    processor.config.save_pretrained(folder)  # as it came: lm's own says float32, the precision of training
     processor.tokenizer.save_pretrained(folder)
     if processor.image_id is not None:
         processor.images.save_pretrained(folder)
@@ -1113,6 +1152,13 @@ class Progress:
             yield self.step
             self.run.metrics(self.step, self.means())
             self.bar.update()
+
+    def save(self, models: Models, args: Args) -> None:
+        """final/ at the end, and before it a checkpoint every --save-every steps."""
+        if self.step == self.steps:
+            self.run.save("final", models.student, models.processor)
+        elif args.save_every and self.step % args.save_every == 0:
+            self.run.save(f"checkpoints/step-{self.step}", models.student, models.processor)
 
     def means(self) -> dict:
         return {key: [sum(column) / len(values) for column in zip(*values)] if isinstance(values[0], list) else sum(values) / len(values)
@@ -1154,7 +1200,7 @@ class Progress:
         self.bar.close()
         if kind is KeyboardInterrupt:
             raise UserError(f"interrupted in step {self.step} of {self.steps}. {self.run.path} holds the metrics and samples of the steps before "
-                            "it; weights are saved at the end of a run")
+                            "it, and the weights that were saved")
         if kind is None:
             say(f"{self.steps} steps in {(time.perf_counter() - self.started) / 60:.1f} minutes")
 

@@ -32,12 +32,16 @@ Where this differs from the paper, or fills in what it leaves open:
  2. Q0.7 and Q0.4 are taken over all response tokens of one optimizer update, on all ranks (the paper: "of the VDS distribution").
  3. Eq. 21 prints p(.|x) against q*, a distribution with the image; lang-steer uses p(.|I, x), as the text around it says.
  4. Eq. 24 puts a response's losses inside a sum over its tokens; adaptive reads them as the token's terms.
- 5. Eq. 22 has no eta: with --alpha < 1 it is 1.
+ 5. eta: the presets hold the paper's constants for gamma 2; for other settings, for adaptive and for lang-steer the paper gives
+    none, so give --eta or --measure-eta. Eq. 22 has none. The toy leaves it at 1: AdamW undoes a constant, clipping apart.
  6. The question alone is the same chat without the image (the paper does not describe it).
- 7. The batch of 512 is read as 128 questions with 4 responses (the paper does not say). Eq. 3 does not depend on it.
- 8. GRPO's reward is 1 for a right answer, else 0; clip 0.2; advantages over the unbiased standard deviation (not given).
+ 7. The batch of 512 is read as 128 questions with 4 responses, and Table 3's 512 and 128 as questions (the paper does not say);
+    the group size of Eq. 22 is not given either.
+ 8. GRPO's reward is 1 for a right answer, else 0; clip 0.2; mean over a response's tokens; advantages over the unbiased
+    standard deviation (none of it is given).
  9. The wording of the system prompt is ours; it asks for the same: reason inside <reason></reason>, the answer in \\boxed{}.
-10. Gradients are clipped at norm 1 (TRL's default; the paper, which uses TRL, does not say).
+10. Distributions are over the tokenizer's ids; the padding rows of the heads are left out. Image placeholders and padding are
+    never sampled. Weight decay spares norms and biases, and gradients are clipped at norm 1, as TRL does, which the paper uses.
 """
 
 import json
@@ -52,7 +56,7 @@ import common
 
 # ====================================================================================================== settings
 HUB = dict(data="LMMs-Lab-Turtle/Vision-SR1-47K", prompts=128, group=4, max_prompt=16384, max_response=2048, lr=1e-6, micro_batch=1,
-           gradient_checkpointing=True)  # Table 4
+           gradient_checkpointing=True, save_every=50)  # Table 4
 PRESETS = {
     "toy": dict(student="toy/student", teacher="toy/teacher", data="toy/train", eval_data="toy/test", dtype="float32", lr=1e-3,
                 warmup=10, schedule="linear",
@@ -70,28 +74,28 @@ class Args(common.Args):
     gamma: float = 2.0  # steering coefficient of Eq. 13 (of Eq. 19 with lang-steer)
     lambda_lp: float = 0.01  # lambda: weight of the preserving term on the 30 % most visual tokens (Eq. 16, 21)
     eta: float = 1.0  # constant factor on the loss that undoes the change of the gradient's norm (Eq. 15)
-    measure_eta: int = 0  # measure eta every so many updates and use that; costs two more backward passes; 0 = the constant
+    measure_eta: int = 0  # measure eta every so many updates and use that; each time two more forward and backward passes; 0 = the constant
     alpha: float = 1.0  # weight of distillation against GRPO (Eq. 22; the paper's mix: 0.3); 1 = distillation alone
     clip_low: float = 0.2  # GRPO clips the probability ratio below 1 - clip_low
     clip_high: float = 0.2  # and above 1 + clip_high
     log_all_terms: bool = False  # also read the question alone where the method does not need it, to log Vis and Lang
-    analyze: bool = False  # no training: the angles between the gradients of Lang, Vis and Std (Figure 3)
-    analyze_rows: int = 128  # held-out questions for --analyze
+    analyze: bool = False  # no training: the angles between the gradients of Lang, Vis and Std on --eval-rows questions (Figure 3)
+
+
+STEERED = ("vgs", "vgs-lp", "adaptive", "lang-steer")  # these read the question alone
 
 
 def reads_text(args: Args) -> bool:
-    """Whether the question is also read without its image."""
-    return args.method in ("vgs", "vgs-lp", "adaptive", "lang-steer") or args.log_all_terms
+    return args.method in STEERED or args.log_all_terms
 
 
-def preserves(args: Args) -> bool:
-    """Whether tokens are told apart by their visual dependency, so that its percentiles are needed before the update."""
+def uses_percentiles(args: Args) -> bool:
+    """Whether tokens are told apart by their visual dependency before the update."""
     return args.method in ("vgs-lp", "adaptive", "lang-steer")
 
 
-def steers(args: Args) -> bool:
-    """Whether the gradient's norm changes against Std, so that eta has something to undo."""
-    return args.method in ("vgs", "vgs-lp", "adaptive", "lang-steer") and args.alpha == 1
+def uses_eta(args: Args) -> bool:
+    return args.method in STEERED and args.alpha == 1
 
 
 def uses_rewards(args: Args) -> bool:
@@ -103,12 +107,12 @@ SYSTEM = {"role": "system", "content": "Think first, inside <reason></reason>. T
 
 
 def with_image(row: dict) -> common.Context:
-    """I, x: what the student samples under, and the teacher's pI-side context."""
+    """I, x: what the student samples under; behind pI and qI."""
     return common.Context([SYSTEM, common.user_message(row["problem"], len(row["images"]))], row["images"])
 
 
 def without_image(row: dict) -> common.Context:
-    """x alone: the same chat, the image left out (not blanked)."""
+    """x alone: the same chat, the image left out (not blanked); behind pL and qL."""
     return common.Context([SYSTEM, common.user_message(row["problem"], 0)])
 
 
@@ -175,7 +179,7 @@ class Micro(common.Micro):
 
 
 def score(samples: list[common.Sample], models: common.Models, args: Args) -> list[Micro]:
-    """The frozen models read every sequence once. Hidden states are kept, never logits."""
+    """The teacher reads every sequence once, and with several updates the student too. Hidden states are kept, never logits."""
     micros = common.make_micros(Micro, samples, list(contexts(args)), models.processor, args.micro_batch)
     for m in micros:
         with torch.no_grad():
@@ -184,7 +188,7 @@ def score(samples: list[common.Sample], models: common.Models, args: Args) -> li
             if uses_rewards(args) and args.updates > 1:  # later updates need the policy that sampled, not their own
                 m.old = models.student(m.batch, lambda hidden, head: common.vocab_terms(
                     chosen_log_prob, [(m.by_context(hidden)[0], head)], [m.ids], models.vocab, args.loss_chunk))[0]
-        if preserves(args):
+        if uses_percentiles(args):
             pairs = [(hidden, models.head) for hidden in m.teacher]
             m.vds = common.vocab_terms(visual_dependency, pairs, (), models.vocab, args.loss_chunk)[0]
     return micros
@@ -199,8 +203,8 @@ def weigh(micros: list[Micro], args: Args, eta: float) -> None:
     """One weight per token and term, divisors included: mean over a response's tokens, then over all responses of all ranks."""
     responses = common.all_sum(torch.cat([1 / m.length for m in micros]).sum()).round()  # a response's tokens add up to 1
     q40 = q70 = torch.tensor(math.inf, device=common.device())
-    if preserves(args):
-        q40, q70 = common.all_gather(torch.cat([m.vds for m in micros])).quantile(torch.tensor([0.4, 0.7], device=common.device()))
+    if uses_percentiles(args):
+        q40, q70 = common.quantile(torch.cat([m.vds for m in micros]), torch.tensor([0.4, 0.7]))
     for m in micros:
         mean = 1 / (m.length * responses)  # [n]
         m.weights = torch.zeros(len(TERMS), len(m.ids), device=mean.device)
@@ -258,34 +262,34 @@ def measure_eta(micros: list[Micro], models: common.Models, args: Args) -> dict:
         accumulate(micros, models, args)
         norms.append(common.grad_norm(models.student).item())
         models.student.zero_grad()
-    return {"eta": norms[0] / norms[1], "grad_norm_std": norms[0], "grad_norm_steered": norms[1]}
+    return {"eta": norms[0] / norms[1] if norms[1] else 1.0, "grad_norm_std": norms[0], "grad_norm_steered": norms[1]}
 
 
 def statistics(micros: list[Micro]) -> dict:
     """The paper's curves over one update's tokens on all ranks: Std, Vis, Lang as the loss averages them, and by VDS decile."""
-    terms = torch.cat([m.terms for m in micros], dim=-1)  # [7, N]
+    terms = dict(zip(TERMS, torch.cat([m.terms for m in micros], dim=-1)))  # [N] each
     length, sampled = torch.cat([m.length for m in micros]), torch.cat([m.sampled for m in micros])
-    std, vis, lang, _, vds, log_p, entropy = terms
-    text = bool(vds.any())  # without the question alone there is nothing to say about Vis and Lang
-    gap = (log_p - sampled).abs()
-    sums = torch.stack([1 / length, std / length, vis / length, lang / length, torch.ones_like(std), entropy, gap]).sum(-1)
-    responses, *means, tokens, entropy, gap = common.all_sum(sums).tolist()
-    log = dict(zip(("std", "vis", "lang")[: 3 if text else 1], [m / responses for m in means]))
-    log |= {"response_length": tokens / responses, "entropy": entropy / tokens, "sampler_gap": gap / tokens}
-    if text:
-        bins = torch.bucketize(vds, common.all_gather(vds).quantile(DECILES.to(vds.device)))  # bin 0: the least visual tenth
-        sums = torch.zeros(4, 10, device=vds.device).index_add_(1, bins, torch.stack([torch.ones_like(std), std, vis, lang]))
+    known = ("std", "vis", "lang")[: (0, 1, 3)[len(micros[0].teacher)]]  # by the contexts that a teacher read
+    one, gap = torch.ones_like(length), (terms["log_p"] - sampled).abs()
+    sums = common.all_sum(torch.stack([1 / length, one, terms["entropy"], gap, *(terms[name] / length for name in known)]).sum(-1))
+    responses, tokens, entropy, gap, *means = sums.tolist()
+    log = {"response_length": tokens / responses, "entropy": entropy / tokens, "sampler_gap": gap / tokens}
+    log |= {name: mean / responses for name, mean in zip(known, means)}
+    if len(known) == 3:
+        bins = torch.bucketize(terms["vds"], common.quantile(terms["vds"], DECILES))  # bin 0: the least visual tenth
+        sums = torch.zeros(4, 10, device=bins.device).index_add_(1, bins, torch.stack([one, *(terms[name] for name in known)]))
         counts, *sums = common.all_sum(sums)
-        log |= {f"{name}_by_vds": (total / counts.clamp(min=1)).tolist() for name, total in zip(("std", "vis", "lang"), sums)}
+        log |= {f"{name}_by_vds": (total / counts.clamp(min=1)).tolist() for name, total in zip(known, sums)}
     return log
 
 
 # ====================================================================================================== analysis (Figure 3)
 def analyze(models: common.Models, rows: common.Rows, args: Args, run: common.Run) -> None:
     """Angles between the gradients of Lang, Vis and Std, each summed over the tokens of one tenth of the visual dependency."""
-    picked = range(common.rank(), min(args.analyze_rows, len(rows)), common.world_size())
+    run.begin(f"gradient angles on {len(rows)} held-out questions x {args.group} responses")
+    picked = range(common.rank(), len(rows), common.world_size())
     micros = score(rollout([rows[i] for i in picked], models, args), models, args)
-    edges = common.all_gather(torch.cat([m.vds for m in micros])).quantile(DECILES.to(common.device()))
+    edges = common.quantile(torch.cat([m.vds for m in micros]), DECILES)
     table = []
     common.say("\nangles between gradients in degrees; bin 9 is the most visual tenth of the tokens\n bin   Lang-Vis   Std-Vis   Std-Lang")
     for b in range(10):
@@ -323,28 +327,29 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError(f"--alpha is {args.alpha}; it must lie in [0, 1]")
     if min(args.gamma, args.lambda_lp, args.measure_eta) < 0 or args.eta <= 0:
         raise common.UserError("--gamma, --lambda-lp and --measure-eta must not be negative, and --eta must be positive")
-    if args.analyze and not (preserves(args) and args.eval_data):
+    if args.analyze and not (uses_percentiles(args) and args.eval_data):
         raise common.UserError("--analyze needs all four distributions and held-out questions: --method vgs-lp and --eval-data")
+    if uses_eta(args) and args.eta != 1 and "eta" not in given and (args.method not in ("vgs", "vgs-lp") or args.gamma != 2):
+        raise common.UserError(f"the preset's eta {args.eta} holds for vgs and vgs-lp with gamma 2; give --eta, or --measure-eta 10")
     ignored = {}
-    if args.method in ("standard", "grpo"):
-        ignored |= dict.fromkeys(("gamma", "eta", "measure_eta"), f"--method {args.method} does not steer")
-    if not preserves(args):
+    if not uses_percentiles(args):
         ignored["lambda_lp"] = f"--method {args.method} has no preserving term"
+    if args.method in STEERED:
+        ignored["log_all_terms"] = f"--method {args.method} logs them anyway"
+    else:
+        ignored["gamma"] = f"--method {args.method} does not steer"
+    if not uses_eta(args):
+        ignored |= dict.fromkeys(("eta", "measure_eta"), "only steering without GRPO has an eta")
+    elif args.measure_eta:
+        ignored["eta"] = "it is measured (--measure-eta)"
     if args.method == "grpo":
         ignored |= dict.fromkeys(("teacher", "alpha", "log_all_terms"), "--method grpo has no teacher")
-    elif args.alpha < 1:
-        ignored |= dict.fromkeys(("eta", "measure_eta"), "Eq. 22, with --alpha below 1, has no eta")
-    else:
+    if not uses_rewards(args):
         ignored |= dict.fromkeys(("clip_low", "clip_high"), "there is no GRPO without --alpha below 1")
-    if args.measure_eta:
-        ignored["eta"] = "it is measured (--measure-eta)"
-    if reads_text(args) and args.method not in ("standard", "grpo"):
-        ignored["log_all_terms"] = f"--method {args.method} logs them anyway"
     if args.analyze:
-        ignored |= dict.fromkeys(("max_steps", "epochs", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts", "group",
-                                  "updates", "eval_every", "eval_rows", "eval_samples", "eta", "measure_eta", "alpha"), "--analyze does not train")
-    else:
-        ignored["analyze_rows"] = "it is for --analyze"
+        training = ("data", "data_split", "max_steps", "epochs", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts", "updates",
+                    "eval_every", "eval_samples", "save_every", "log_samples", "tracker", "eta", "measure_eta", "alpha", "gamma", "lambda_lp")
+        ignored |= dict.fromkeys(training, "--analyze does not train")
     common.refuse_ignored(args, given, ignored)
 
 
@@ -352,27 +357,31 @@ def main() -> None:
     args, given = common.parse_args(Args, PRESETS)
     check_settings(args, given)
     common.start_distributed(args)
-    processor = common.Processor(args.student)
-    held_out = common.load_rows(args, processor, [with_image, without_image], held_out=True, answers=not args.analyze)
-    train = None if args.analyze else common.load_rows(args, processor, [with_image, without_image], answers=uses_rewards(args))
-    steps = common.count_steps(args, train)
     run = common.Run("vgs", args)
-    texts = [processor.render(with_image((train or held_out)[i])) for i in range(min(32, len(train or held_out)))]
-    models = common.load_models(args, processor, None if args.method == "grpo" else args.teacher, texts, steps * args.updates)
+    processor, teacher = common.Processor(args.student), None if args.method == "grpo" else args.teacher
+    if teacher is not None:
+        common.check_same_inputs(processor, common.Processor(teacher))
+    views = list(contexts(args).values())
+    held_out = common.load_rows(args, processor, views, held_out=True, answers=not args.analyze)
+    train = None if args.analyze else common.load_rows(args, processor, views, answers=uses_rewards(args))
+    steps = common.count_steps(args, train)
+    models = common.load_models(args, processor, teacher, steps * args.updates)
     if args.analyze:
         return analyze(models, held_out, args, run)
 
-    eta = args.eta if steers(args) else 1.0
-    order, updates = common.data_order(len(train), args.prompts, args.seed), 0
+    run.begin(f"{args.method}, {steps} steps of {args.prompts} questions x {args.group} responses in {args.updates} updates, "
+              f"{args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
+    eta, updates, order = args.eta if uses_eta(args) else 1.0, 0, common.data_order(len(train), args.prompts, args.seed)
     with common.Progress(run, steps) as progress:
         progress.evaluate(models.engine, held_out, with_image, args)
         for step in progress:
             samples = rollout([train[i] for i in common.my_share(next(order))], models, args)
+            progress.samples(samples, args, rewarded=uses_rewards(args))
             progress.phase("rollout")
             parts = [score(part, models, args) for part in common.split(samples, args.updates)]
             progress.phase("score")
             for micros in parts:
-                if steers(args) and args.measure_eta and updates % args.measure_eta == 0:
+                if uses_eta(args) and args.measure_eta and updates % args.measure_eta == 0:
                     measured = measure_eta(micros, models, args)
                     eta = measured["eta"]
                     progress.log(measured)
@@ -382,10 +391,9 @@ def main() -> None:
             progress.phase("update")
             models.engine.sync(models.student.named_parameters())
             progress.phase("sync")
-            progress.samples(samples, args, rewarded=uses_rewards(args))
             progress.evaluate(models.engine, held_out, with_image, args)
-    run.save("final", models.student, models.processor)
+            progress.save(models, args)
 
 
 if __name__ == "__main__":
-    main()
+    common.launch(main)

@@ -33,12 +33,12 @@ def main() -> None:
     args = vgs.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", method=method, lambda_lp=0.5, micro_batch=int(micro),
                     loss_chunk=int(chunk), prompts=len(counts), alpha=float(alpha), group=2)
     common.start_distributed(args)
-    models = common.load_models(args, common.Processor(args.student), args.teacher, ["a"], updates=1)
+    models = common.load_models(args, common.Processor(args.student), args.teacher, updates=1)
     rows = common.Rows(f"{tiny}/rows.parquet", "train", {"problem": "problem"})
     first = sum(counts[: common.rank()])
     samples = fixed_samples(models.processor, rows, sum(counts))[first : first + counts[common.rank()]]
     micros = vgs.score(samples, models, args)
-    eta = vgs.measure_eta(micros, models, args)["eta"] if vgs.steers(args) else None
+    eta = vgs.measure_eta(micros, models, args)["eta"] if vgs.uses_eta(args) else None
     vgs.weigh(micros, args, eta=0.7)
     vgs.accumulate(micros, models, args)
     gradient = {name: common.whole(p.grad).clone() for name, p in models.student.named_parameters()}
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.launch(main)

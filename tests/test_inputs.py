@@ -28,6 +28,8 @@ def settings(*argv):
     (["--preset", "toy", "--method", "grpo"], ["--group", "at least 2"]),
     (["--preset", "toy", "--prompts", "10", "--updates", "4"], ["--updates 4", "divisor"]),
     (["--preset", "toy", "--method", "standard", "--analyze"], ["--analyze", "vgs-lp"]),
+    (["--preset", "2b", "--gamma", "0.5"], ["eta 0.41", "--measure-eta"]),
+    (["--preset", "4b", "--method", "adaptive"], ["eta 0.36", "--measure-eta"]),
 ])
 def test_contradictions(argv, words):
     with pytest.raises(common.UserError) as error:
@@ -44,8 +46,8 @@ def test_contradictions(argv, words):
     (["--method", "grpo", "--group", "2", "--teacher", "x"], "--teacher"),
     (["--clip-low", "0.1"], "--clip-low"),
     (["--alpha", "0.3", "--group", "2", "--eta", "0.5"], "--eta"),
+    (["--analyze", "--prompts", "8"], "--prompts"),
     (["--measure-eta", "5", "--eta", "0.5"], "--eta"),
-    (["--analyze-rows", "5"], "--analyze-rows"),
     (["--analyze", "--lr", "1"], "--lr"),
     (["--eval-data", "", "--eval-every", "5"], "--eval-every"),
     (["--epochs", "2"], "--epochs"),
@@ -91,12 +93,13 @@ def load(path, tiny, skip=False, answers=True, **changes):
 
 def bad_rows(folder, good):
     Image.new("RGB", (64, 8)).save(folder / "flat.png")
+    Image.new("RGB", (16 * 250, 16)).save(folder / "thin.png")
     (folder / "text.png").write_text("not an image")
     Image.effect_noise((64, 64), 80).save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:700])
     return [
         (good | {"images": "missing.png"}, "missing.png"), (good | {"images": "text.png"}, "cannot be read"), (good | {"images": "cut.png"}, "cannot be read"),
-        (good | {"images": "flat.png"}, "64 x 8 pixels"), (good | {"images": None}, "no image"), (good | {"answer": " "}, "answer is empty"),
+        (good | {"images": "flat.png"}, "64 x 8 pixels"), (good | {"images": "thin.png"}, "aspect ratio"), (good | {"images": None}, "no image"), (good | {"answer": " "}, "answer is empty"),
         (good | {"answer": None}, "answer is empty"), (good | {"problem": ""}, "question is empty"), (good | {"problem": "why " * 2000}, "--max-prompt"),
         (good | {"problem": "What is <|image_pad|>?"}, "image placeholder"),
     ]
@@ -165,6 +168,12 @@ def test_teacher_with_another_tokenizer_is_refused_before_weights_are_loaded(tin
 def test_text_only_teacher_is_refused(tiny, tmp_path):
     result = run_script("vgs.py", *flags(tiny, tmp_path / "run", teacher=tiny / "text-only"))
     assert result.returncode != 0 and "sees images and the other does not" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_text_only_student_is_refused(tiny, tmp_path):
+    result = run_script("vgs.py", *flags(tiny, tmp_path / "run", student=tiny / "text-only", method="grpo", group=2, teacher=None))
+    assert result.returncode != 0 and "text-only model" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert not (tmp_path / "run").exists(), "a refused run leaves no folder"
 
 
 def test_missing_checkpoint_is_named(tiny, tmp_path):

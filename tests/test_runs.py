@@ -43,7 +43,7 @@ def check_run(folder, steps: int):
     "vgs-lp": dict(method="vgs-lp", measure_eta=1),
     "adaptive": dict(method="adaptive", warmup=1, schedule="cosine"),
     "lang-steer": dict(method="lang-steer", freeze_vision=""),
-    "grpo": dict(method="grpo", group=2, updates=2, teacher=None),
+    "grpo": dict(method="grpo", group=2, updates=2, teacher=None, save_every=1),
     "mixed": dict(method="vgs-lp", alpha=0.3, group=2, eval_samples=2, gradient_checkpointing=""),
 }.items())
 def test_every_method_runs(tiny, tmp_path, name, changes):
@@ -53,6 +53,8 @@ def test_every_method_runs(tiny, tmp_path, name, changes):
     metrics, model = check_run(tmp_path / "run", 2)
     last = metrics[-1]
     assert ("vis" in last) == (name not in ("standard", "grpo")) and ("eta" in last) == (name == "vgs-lp")
+    assert ("std" in last) == (name != "grpo") and ("reward" in last) == (name in ("grpo", "mixed"))
+    assert (tmp_path / "run" / "checkpoints" / "step-1").exists() == (name == "grpo")
     if name == "mixed":
         assert {"acc@2", "pass@2", "maj@2"} <= last.keys() and "acc@2" not in metrics[0]
     before = common.Model(str(tiny / "student"), torch.float32).lm.state_dict()
@@ -81,14 +83,22 @@ def test_standard_logs_what_the_formula_says(tiny, tmp_path):
     assert lines(tmp_path / "run" / "metrics.jsonl")[1]["std"] == pytest.approx(total, rel=1e-4)
 
 
-def test_two_ranks(tiny, tmp_path):
-    result = run_script("vgs.py", *flags(tiny, tmp_path / "run"), torchrun=2)
+@pytest.mark.parametrize("changes", [{}, dict(method="vgs-lp", alpha=0.3, group=2, updates=2, gradient_checkpointing=""), dict(dtype="bfloat16", measure_eta=1)])
+def test_two_ranks(tiny, tmp_path, changes):
+    result = run_script("vgs.py", *[part for part in flags(tiny, tmp_path / "run", **changes) if part], torchrun=2)
     assert result.returncode == 0, result.stderr
     check_run(tmp_path / "run", 2)
 
 
+def test_analyze_on_more_ranks_than_questions(tiny, tmp_path):
+    """Two ranks, one held-out question: the second rank has nothing, and nobody waits for it."""
+    argv = flags(tiny, tmp_path / "run", data=None, prompts=None, max_steps=None, eval_rows=1, eval_every=None)
+    result = run_script("vgs.py", *argv, "--analyze", torchrun=2)
+    assert result.returncode == 0 and (tmp_path / "run" / "angles.json").exists(), result.stderr
+
+
 def test_analyze_writes_ten_bins(tiny, tmp_path):
-    result = run_script("vgs.py", *flags(tiny, tmp_path / "run", prompts=None, max_steps=None, eval_rows=None, eval_every=None), "--analyze", "--analyze-rows", "8")
+    result = run_script("vgs.py", *flags(tiny, tmp_path / "run", data=None, prompts=None, max_steps=None, eval_rows=8, eval_every=None), "--analyze")
     assert result.returncode == 0, result.stderr
     table = json.loads((tmp_path / "run" / "angles.json").read_text())
     assert [row["bin"] for row in table] == list(range(10)) and result.stdout.count("\n   ") >= 10
@@ -110,15 +120,15 @@ def test_interruption_leaves_a_readable_run(tiny, tmp_path):
 
 
 def test_a_non_finite_gradient_stops_before_the_weights_move(tiny, tmp_path):
-    """A student with an infinite weight: an error that says so, and no final checkpoint."""
+    """A teacher with a NaN among its weights: the run says which quantity is not finite, and saves no final checkpoint."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(tiny / "student", tmp_path / "broken")
+    shutil.copytree(tiny / "teacher", tmp_path / "broken")
     weights = load_file(tmp_path / "broken" / "model.safetensors")
     weights["model.language_model.norm.weight"][0] = float("nan")
     save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
-    result = run_script("vgs.py", *flags(tiny, tmp_path / "run", student=tmp_path / "broken"))
-    assert result.returncode != 0 and not (tmp_path / "run" / "final").exists()
+    result = run_script("vgs.py", *flags(tiny, tmp_path / "run", teacher=tmp_path / "broken"))
+    assert result.returncode != 0 and "the gradient norm is nan" in result.stderr and not (tmp_path / "run" / "final").exists()
 
 
 def test_copying_the_files_is_enough(tiny, tmp_path):
