@@ -410,7 +410,8 @@ class Processor:
             self.config = AutoConfig.from_pretrained(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as e:
-            raise UserError(f"checkpoint {name!r} cannot be read: {str(e).splitlines()[0]}") from None
+            raise UserError(f"checkpoint {name!r} cannot be read ({str(e).splitlines()[0]}). Name a folder that exists or a hub model with "
+                            "--student or --teacher") from None
         self.image_id = getattr(self.config, "image_token_id", None)  # None: a text-only model
         if self.image_id is not None:
             self.images = AutoImageProcessor.from_pretrained(path, backend="pil")  # one backend everywhere: pixels differ between them

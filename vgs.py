@@ -58,9 +58,8 @@ import common
 HUB = dict(data="LMMs-Lab-Turtle/Vision-SR1-47K", prompts=128, group=4, max_prompt=16384, max_response=2048, lr=1e-6, micro_batch=1,
            gradient_checkpointing=True, save_every=50)  # Table 4
 PRESETS = {
-    "toy": dict(student="toy/student", teacher="toy/teacher", data="toy/train", eval_data="toy/test", dtype="float32", lr=1e-3,
-                warmup=10, schedule="linear",
-                lambda_lp=0.3, micro_batch=32, max_steps=150, eval_every=25, eval_rows=400),
+    "toy": dict(student="toy/student", teacher="toy/teacher", data="toy/train", eval_data="toy/test", max_steps=150, lambda_lp=0.3,
+                lr=1e-3, warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400),
     "2b": dict(student="Qwen/Qwen3-VL-2B-Instruct", teacher="runs/teacher/final", eta=0.41, **HUB),
     "4b": dict(student="Qwen/Qwen3-VL-4B-Instruct", teacher="runs/teacher/final", eta=0.36, **HUB),
     "teacher": HUB | dict(student="Qwen/Qwen3-VL-8B-Instruct", method="grpo", output="runs/teacher", epochs=2, prompts=512, group=8,
@@ -188,7 +187,7 @@ def score(samples: list[common.Sample], models: common.Models, args: Args) -> li
             if uses_rewards(args) and args.updates > 1:  # later updates need the policy that sampled, not their own
                 m.old = models.student(m.batch, lambda hidden, head: common.vocab_terms(
                     chosen_log_prob, [(m.by_context(hidden)[0], head)], [m.ids], models.vocab, args.loss_chunk))[0]
-        if uses_percentiles(args):
+        if uses_percentiles(args):  # needed before any update: the price is the teacher's head product a second time
             pairs = [(hidden, models.head) for hidden in m.teacher]
             m.vds = common.vocab_terms(visual_dependency, pairs, (), models.vocab, args.loss_chunk)[0]
     return micros

@@ -70,6 +70,16 @@ def test_vocab_loss_in_bfloat16_is_close_to_float64():
             assert (got.double() - expected.double()).norm() < (0.01 if i == 0 else 0.03) * expected.double().norm(), (name, i)
 
 
+def test_vocab_loss_needs_a_quarter_of_the_naive_memory():
+    """At a real vocabulary; the full-size table comes from bench_loss.py."""
+    from bench_loss import compare
+
+    results = compare(tokens=256, width=64, chunk=16, repeats=1)
+    assert results["chunked"]["MiB"] < results["naive"]["MiB"] / 4, results
+    for key in ("loss", "gradient"):
+        assert results["chunked"][key] == pytest.approx(results["naive"][key], rel=1e-5), results
+
+
 def test_quantile_is_torchs():
     x, q = torch.randn(101), torch.tensor([0.0, 0.1, 0.4, 0.7, 0.999, 1.0])
     torch.testing.assert_close(common.quantile(x, q), x.quantile(q))
