@@ -16,11 +16,13 @@ Three conventions hold everywhere:
 import dataclasses
 import datetime
 import functools
+import importlib.util
 import io
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +43,7 @@ class UserError(SystemExit):
 
     def __init__(self, message: str):
         super().__init__(f"\nerror: {message}")
+        self.message = message
 
 
 # ====================================================================================================== settings
@@ -85,11 +88,11 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third more time
 
     eval_every: int = 50  # rollout batches between evaluations; 0 = only at the start and the end
-    eval_rows: int = 300  # held-out questions an evaluation asks; 0 = all of them
+    eval_rows: int = 300  # held-out questions an evaluation asks, a fixed random choice; 0 = all of them
     eval_samples: int = 0  # k of Acc@k, pass@k and maj@k at temperature 1, at the end; 0 = greedy Acc@1 only
     save_every: int = 0  # steps between checkpoints of the weights in checkpoints/; 0 = only final/
     log_samples: int = 8  # responses of the first rank that a step writes to samples.jsonl
-    output: str = ""  # run folder; default: runs/<method>-<preset>-<time>
+    output: str = ""  # run folder; default: runs/<file>-<preset>-<time>
     tracker: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
     seed: int = 0  # order of the data and sampling
 
@@ -244,7 +247,7 @@ def locate(name: str) -> str:
     try:
         result = subprocess.run([sys.executable, script, "--family", family], stdout=subprocess.PIPE, text=True)
     except KeyboardInterrupt:
-        raise UserError("interrupted while the toy was being built: nothing was kept, and no run was begun") from None
+        raise UserError("interrupted during start-up; no run was begun") from None
     if result.returncode:
         raise UserError(f"toy.py could not build {name!r} (see above)")
     path = Path(result.stdout.strip().splitlines()[-1]) / match[2]
@@ -270,6 +273,8 @@ class Rows:
                 data = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
             elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
                 data = datasets.load_from_disk(str(path))
+            elif path.suffix in kinds or path.is_absolute() and not path.exists():
+                raise UserError(f"data set {name!r} was not found: there is no such file")
             else:
                 data = datasets.load_dataset(str(path))
         except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as e:
@@ -277,7 +282,7 @@ class Rows:
         except StopIteration:  # what an empty file makes of the json reader
             raise UserError(f"data set {name!r} is empty") from None
         except (ValueError, datasets.exceptions.DatasetGenerationError) as e:
-            raise UserError(f"data set {name!r} could not be read: {e}") from None
+            raise UserError(f"data set {name!r} could not be read: {e.__cause__ or e}") from None
         if isinstance(data, dict):
             if split not in data:
                 raise UserError(f"data set {name!r} has no split {split!r}; it has: {', '.join(data)}")
@@ -534,9 +539,13 @@ def load_rows(args: Args, processor: Processor, contexts: list, held_out: bool =
     if images and processor.image_id is None:
         raise UserError(f"{processor.name!r} is a text-only model, and this method shows it images")
     columns = {"problem": args.column_problem} | ({"images": args.column_images} if images else {}) | ({"answer": args.column_answer} if answers else {})
-    rows = Rows(name, split, columns)
-    if held_out and 0 < args.eval_rows < len(rows):
-        rows.kept = rows.kept[: args.eval_rows]
+    try:
+        rows = Rows(name, split, columns)
+    except UserError as e:
+        raise UserError(f"{e.message}\nThat was --eval-data; --eval-data '' turns evaluation off") from None if held_out else e
+    if held_out and 0 < args.eval_rows < len(rows):  # the same random ones in every run: data sets are often sorted
+        picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: args.eval_rows]
+        rows.kept = [rows.kept[i] for i in sorted(picked.tolist())]
 
     def complaint(row: dict) -> str | None:
         return next((wrong for context in contexts if (wrong := processor.complaint(context(row), args.max_prompt))), None)
@@ -1061,13 +1070,16 @@ class Run:
         self.path = Path(all_gather_object(name)[0])
         if all_gather_object((self.path / "args.json").exists())[0]:
             raise UserError(f"{self.path} already holds a run; choose another folder with --output")
+        package = {"none": None, "tensorboard": "tensorboard", "wandb": "wandb"}[args.tracker]
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f"--tracker {args.tracker} needs a package: pip install {package}")
 
     def begin(self, plan: str) -> None:
         """Create the folder, once nothing can be refused any more, and say what the run is going to do."""
         say(f"{self.method}, preset {self.args.preset}: {plan}\nwriting to {self.path}")
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            settings = {"method": self.method, **dataclasses.asdict(self.args)}
+            settings = {"file": f"{self.method}.py", **dataclasses.asdict(self.args)}
             (self.path / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
             if self.args.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -1126,6 +1138,12 @@ def save_checkpoint(lm, processor: Processor, folder: Path, weights: dict[str, T
     processor.tokenizer.save_pretrained(folder)
     if processor.image_id is not None:
         processor.images.save_pretrained(folder)
+    from transformers.utils import cached_file
+
+    for file in ("processor_config.json", "video_preprocessor_config.json"):  # for AutoProcessor; we read neither
+        source = cached_file(locate(processor.name), file, _raise_exceptions_for_missing_entries=False)
+        if source and Path(source).resolve() != Path(folder, file).resolve():
+            shutil.copy(source, folder)
 
 
 class Progress:

@@ -47,6 +47,7 @@ Where this differs from the paper, or fills in what it leaves open:
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -89,7 +90,6 @@ def reads_text(args: Args) -> bool:
 
 
 def uses_percentiles(args: Args) -> bool:
-    """Whether tokens are told apart by their visual dependency before the update."""
     return args.method in ("vgs-lp", "adaptive", "lang-steer")
 
 
@@ -158,7 +158,8 @@ def steering(method: str, vds: Tensor, q40: Tensor, q70: Tensor, gamma: float, l
         return torch.stack([one, gamma * one, lam * top])  # Eq. 16, 17
     if method == "adaptive":
         return torch.stack([one, gamma / 2 * (vds > q40) + gamma / 2 * top, lam * top])  # Eq. 24, 25
-    assert method == "lang-steer", method
+    if method != "lang-steer":
+        raise ValueError(f"there is no method {method!r}; choose one of: {', '.join(('standard', *STEERED))}")
     return torch.stack([one, lam * top, gamma * one])  # Eq. 19, 21
 
 
@@ -183,7 +184,7 @@ def score(samples: list[common.Sample], models: common.Models, args: Args) -> li
     for m in micros:
         with torch.no_grad():
             if models.teacher is not None:
-                m.teacher = m.by_context(models.teacher(m.batch))  # behind qI, and qL: [n, H] each
+                m.teacher = m.by_context(models.teacher(m.batch))  # the batch with the image, then without: [n, H] each
             if uses_rewards(args) and args.updates > 1:  # later updates need the policy that sampled, not their own
                 m.old = models.student(m.batch, lambda hidden, head: common.vocab_terms(
                     chosen_log_prob, [(m.by_context(hidden)[0], head)], [m.ids], models.vocab, args.loss_chunk))[0]
@@ -200,7 +201,7 @@ DECILES = torch.linspace(0.1, 0.9, 9)
 
 def weigh(micros: list[Micro], args: Args, eta: float) -> None:
     """One weight per token and term, divisors included: mean over a response's tokens, then over all responses of all ranks."""
-    responses = common.all_sum(torch.cat([1 / m.length for m in micros]).sum()).round()  # a response's tokens add up to 1
+    responses = common.all_sum(torch.cat([1 / m.length for m in micros]).sum()).round()  # T tokens of 1 / T: each response counts 1
     q40 = q70 = torch.tensor(math.inf, device=common.device())
     if uses_percentiles(args):
         q40, q70 = common.quantile(torch.cat([m.vds for m in micros]), torch.tensor([0.4, 0.7]))
@@ -221,12 +222,11 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
     def terms(*tensors):
         """Logits [n, V] (student's, then teacher's), ids [n], old log-probs [n], advantages [n] -> TERMS."""
         *logits, ids, old, advantage = tensors
-        zero = torch.zeros_like(advantage)
         log_p = logits[0].log_softmax(-1)
         chosen = common.gather(log_p, ids)
         old = torch.where(old.isnan(), chosen.detach(), old)
         surrogate = common.clipped_surrogate(chosen, old, advantage, args.clip_low, args.clip_high)
-        std, vis, lang, vds = zero, zero, zero, zero
+        std = vis = lang = vds = torch.zeros_like(advantage)
         if len(logits) == 4:
             std, vis, lang, vds = divergences(*logits)
         elif len(logits) == 2:
@@ -236,9 +236,8 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
     for m in micros:
 
         def loss_fn(hidden, head):
-            teacher = [(h, models.head) for h in m.teacher]
-            extras = [m.ids, m.old, m.advantage]
-            return common.vocab_loss(terms, m.weights, m.by_context(hidden), head, teacher, extras, models.vocab, args.loss_chunk)
+            return common.vocab_loss(terms, m.weights, m.by_context(hidden), head, [(h, models.head) for h in m.teacher],
+                                     [m.ids, m.old, m.advantage], models.vocab, args.loss_chunk)
 
         loss, m.terms = models.student(m.batch, loss_fn)
         (loss * common.world_size()).backward()  # FSDP2 averages over ranks; the weights already hold the divisor
@@ -268,7 +267,7 @@ def statistics(micros: list[Micro]) -> dict:
     """The paper's curves over one update's tokens on all ranks: Std, Vis, Lang as the loss averages them, and by VDS decile."""
     terms = dict(zip(TERMS, torch.cat([m.terms for m in micros], dim=-1)))  # [N] each
     length, sampled = torch.cat([m.length for m in micros]), torch.cat([m.sampled for m in micros])
-    known = ("std", "vis", "lang")[: (0, 1, 3)[len(micros[0].teacher)]]  # by the contexts that a teacher read
+    known = ("std", "vis", "lang") if len(micros[0].teacher) == 2 else ("std",) * len(micros[0].teacher)  # what a teacher was read for
     one, gap = torch.ones_like(length), (terms["log_p"] - sampled).abs()
     sums = common.all_sum(torch.stack([1 / length, one, terms["entropy"], gap, *(terms[name] / length for name in known)]).sum(-1))
     responses, tokens, entropy, gap, *means = sums.tolist()
@@ -330,6 +329,8 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError("--analyze needs all four distributions and held-out questions: --method vgs-lp and --eval-data")
     if uses_eta(args) and args.eta != 1 and "eta" not in given and (args.method not in ("vgs", "vgs-lp") or args.gamma != 2):
         raise common.UserError(f"the preset's eta {args.eta} holds for vgs and vgs-lp with gamma 2; give --eta, or --measure-eta 10")
+    if args.method != "grpo" and args.teacher.startswith("runs/") and not Path(args.teacher).exists():
+        raise common.UserError(f"the teacher {args.teacher!r} is not there yet: train it with --preset teacher, or name another with --teacher")
     ignored = {}
     if not uses_percentiles(args):
         ignored["lambda_lp"] = f"--method {args.method} has no preserving term"

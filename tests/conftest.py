@@ -1,5 +1,6 @@
 """Shared fixtures: tiny untrained models of the real classes, a tiny data set, and a way to run the real scripts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,12 +66,12 @@ def run_script(*argv, torchrun: int = 0, timeout: int = 300, cwd: Path = ROOT, e
     return subprocess.run([sys.executable, *launch, *map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def layout_gradient(tiny: Path, tmp_path: Path, shares: str, micro: int, chunk: int, method: str, alpha: float) -> dict:
-    """Gradient of one update on fixed rollouts (gradients.py), with the samples dealt out to ranks as `shares` says."""
-    out, ranks = tmp_path / f"{shares}-{micro}-{chunk}-{method}.pt", len(shares.split(","))
-    result = run_script("tests/gradients.py", tiny, out, shares, micro, chunk, method, alpha, torchrun=ranks if ranks > 1 else 0)
+def layout_gradients(tiny: Path, tmp_path: Path, layouts: list) -> list[dict]:
+    """Gradients of one update on fixed rollouts (gradients.py), one a layout; all layouts are for the same number of ranks."""
+    ranks = len(layouts[0][0])
+    result = run_script("tests/gradients.py", tiny, tmp_path / "gradients.pt", json.dumps(layouts), torchrun=ranks if ranks > 1 else 0)
     assert result.returncode == 0, result.stderr
-    return torch.load(out)
+    return torch.load(tmp_path / "gradients.pt")
 
 
 def distance(a: dict, b: dict) -> float:

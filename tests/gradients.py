@@ -1,8 +1,10 @@
-"""Worker of test_distributed.py: the gradient of one update on fixed rollouts, written whole by the first rank.
+"""Worker of test_distributed.py and test_vgs_exact.py: gradients of one update on eight fixed rollouts, for several layouts.
 
-python tests/gradients.py TINY OUT SHARES MICRO CHUNK METHOD ALPHA   with SHARES like 4,0: how many of the samples each rank holds.
+python tests/gradients.py TINY OUT LAYOUTS   with LAYOUTS a JSON list of [shares, micro-batch, chunk, method, alpha], and shares
+like [8, 0]: how many of the rollouts each rank holds.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -27,24 +29,28 @@ def fixed_samples(processor, rows, count: int) -> list[common.Sample]:
     return samples
 
 
-def main() -> None:
-    tiny, out, shares, micro, chunk, method, alpha = sys.argv[1:]
-    counts = [int(n) for n in shares.split(",")]
-    args = vgs.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", method=method, lambda_lp=0.5, micro_batch=int(micro),
-                    loss_chunk=int(chunk), prompts=len(counts), alpha=float(alpha), group=2)
-    common.start_distributed(args)
+def gradient(tiny: str, samples: list, shares: list[int], micro: int, chunk: int, method: str, alpha: float) -> dict:
+    """{"gradient": whole gradient by parameter, "norm", "eta"} of one update with each rank holding its share of the samples."""
+    args = vgs.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", method=method, lambda_lp=0.5, micro_batch=micro,
+                    loss_chunk=chunk, alpha=alpha, group=2)
     models = common.load_models(args, common.Processor(args.student), args.teacher, updates=1)
-    rows = common.Rows(f"{tiny}/rows.parquet", "train", {"problem": "problem"})
-    first = sum(counts[: common.rank()])
-    samples = fixed_samples(models.processor, rows, sum(counts))[first : first + counts[common.rank()]]
-    micros = vgs.score(samples, models, args)
+    first = sum(shares[: common.rank()])
+    micros = vgs.score(samples[first : first + shares[common.rank()]], models, args)
     eta = vgs.measure_eta(micros, models, args)["eta"] if vgs.uses_eta(args) else None
     vgs.weigh(micros, args, eta=0.7)
     vgs.accumulate(micros, models, args)
-    gradient = {name: common.whole(p.grad).clone() for name, p in models.student.named_parameters()}
-    norm = common.grad_norm(models.student)
+    whole = {name: common.whole(p.grad).clone() for name, p in models.student.named_parameters()}
+    return {"gradient": whole, "norm": common.grad_norm(models.student).item(), "eta": eta}
+
+
+def main() -> None:
+    tiny, out, layouts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    common.start_distributed(vgs.Args())
+    processor, rows = common.Processor(f"{tiny}/student"), common.Rows(f"{tiny}/rows.parquet", "train", {"problem": "problem"})
+    samples = fixed_samples(processor, rows, 8)
+    results = [gradient(tiny, samples, *layout) for layout in layouts]
     if common.rank() == 0:
-        torch.save({"gradient": gradient, "norm": norm.item(), "eta": eta}, out)
+        torch.save(results, out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ import vgs
 
 
 @pytest.fixture(scope="module")
-def held_out():
+def held_out(request):
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        common.locate("toy/test")  # the first time this takes minutes: show its progress bar
     rows = common.Rows(common.locate("toy/test"), "test", {"problem": "problem"})
     return [rows[i] for i in range(len(rows))]
 

@@ -28,6 +28,7 @@ def settings(*argv):
     (["--preset", "toy", "--method", "grpo"], ["--group", "at least 2"]),
     (["--preset", "toy", "--prompts", "10", "--updates", "4"], ["--updates 4", "divisor"]),
     (["--preset", "toy", "--method", "standard", "--analyze"], ["--analyze", "vgs-lp"]),
+    (["--preset", "2b"], ["runs/teacher/final", "--preset teacher", "--teacher"]),
     (["--preset", "2b", "--gamma", "0.5"], ["eta 0.41", "--measure-eta"]),
     (["--preset", "4b", "--method", "adaptive"], ["eta 0.36", "--measure-eta"]),
 ])
@@ -60,7 +61,7 @@ def test_a_flag_without_effect_is_an_error(argv, ignored):
 
 def test_flags_override_the_preset_and_every_preset_parses():
     assert settings("--preset", "toy").lambda_lp == 0.3 and settings("--preset", "toy", "--lambda-lp", "0.1").lambda_lp == 0.1
-    two, four = settings("--preset", "2b"), settings("--preset=4b")
+    two, four = settings("--preset", "2b", "--teacher", "x"), settings("--preset=4b", "--teacher", "x")
     assert (two.eta, two.gamma, two.lambda_lp, two.prompts * two.group, two.lr) == (0.41, 2.0, 0.01, 512, 1e-6)
     assert (four.eta, four.student) == (0.36, "Qwen/Qwen3-VL-4B-Instruct")
     teacher = settings("--preset", "teacher")
@@ -135,6 +136,13 @@ def test_missing_file_column_split_and_empty_data(tmp_path, tiny, good):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(common.UserError, match="empty"):
         load(str(tmp_path / "empty.jsonl"), tiny)
+    with pytest.raises(common.UserError, match="no such file"):
+        load("nothing-here.parquet", tiny)
+    (tmp_path / "broken.jsonl").write_text('{"problem": "a"\n{"problem"')
+    with pytest.raises(common.UserError, match="JSON"):
+        load(str(tmp_path / "broken.jsonl"), tiny)
+    with pytest.raises(common.UserError, match=r"--eval-data ''"):
+        common.load_rows(common.Args(eval_data=write(tmp_path, [good]), column_problem="x"), common.Processor(str(tiny / "student")), [], held_out=True)
     with pytest.raises(common.UserError, match="files are not read"):
         load(write(tmp_path, [good], "rows.txt"), tiny)
 
@@ -174,6 +182,13 @@ def test_text_only_student_is_refused(tiny, tmp_path):
     result = run_script("vgs.py", *flags(tiny, tmp_path / "run", student=tiny / "text-only", method="grpo", group=2, teacher=None))
     assert result.returncode != 0 and "text-only model" in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not (tmp_path / "run").exists(), "a refused run leaves no folder"
+
+
+def test_a_tracker_that_is_not_installed_leaves_no_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(common.UserError, match="pip install wandb"):
+        common.Run("vgs", common.Args(output=str(tmp_path / "run"), tracker="wandb"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_checkpoint_is_named(tiny, tmp_path):

@@ -6,7 +6,7 @@ instead of log-probabilities, one autograd call. It shares the fixed rollouts wi
 
 import pytest
 import torch
-from conftest import distance, layout_gradient
+from conftest import distance, layout_gradients
 from gradients import fixed_samples
 
 import common
@@ -71,15 +71,25 @@ def gradient_of(loss, student):
     return dict(zip(names, torch.autograd.grad(loss, list(student.parameters()), retain_graph=True)))
 
 
-@pytest.mark.parametrize("method, alpha", [("standard", 1.0), ("vgs", 1.0), ("vgs-lp", 1.0), ("adaptive", 1.0), ("lang-steer", 1.0), ("vgs-lp", 0.3)])
-def test_whole_update(tiny, tmp_path, reference, method, alpha):
+METHODS = [("standard", 1.0), ("vgs", 1.0), ("vgs-lp", 1.0), ("adaptive", 1.0), ("lang-steer", 1.0), ("vgs-lp", 0.3)]
+
+
+@pytest.fixture(scope="module")
+def gradients(tiny, tmp_path_factory):
+    layouts = [([8], 3, 7, *method) for method in METHODS]
+    return dict(zip(METHODS, layout_gradients(tiny, tmp_path_factory.mktemp("exact"), layouts)))
+
+
+@pytest.mark.parametrize("method, alpha", METHODS)
+def test_whole_update(gradients, reference, method, alpha):
     student, responses = reference
-    expected = gradient_of(loss_of(method, alpha, responses), student)
-    got = layout_gradient(tiny, tmp_path, "8", 3, 7, method, alpha)
+    expected, got = gradient_of(loss_of(method, alpha, responses), student), gradients[method, alpha]
     assert distance(got["gradient"], expected) < 2e-6
-    if got["eta"] is not None:  # Eq. 15, 20
-        steered = {"lang-steer": 2, "adaptive": None}.get(method, 1)
-        if steered is not None:
-            norms = [sum(g.square().sum() for g in gradient_of(sum(f(r).mean() for r in responses), student).values()).sqrt()
-                     for f in (lambda r: r[0], lambda r: r[0] + GAMMA * r[steered])]
-            assert got["eta"] == pytest.approx((norms[0] / norms[1]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method, steered", [("vgs", 1), ("vgs-lp", 1), ("lang-steer", 2)])
+def test_eq_15_20_eta(gradients, reference, method, steered):
+    student, responses = reference
+    norms = [sum(g.square().sum() for g in gradient_of(sum(term(r).mean() for r in responses), student).values()).sqrt()
+             for term in (lambda r: r[0], lambda r: r[0] + GAMMA * r[steered])]
+    assert gradients[method, 1.0]["eta"] == pytest.approx((norms[0] / norms[1]).item(), rel=1e-5)
