@@ -542,7 +542,9 @@ def load_rows(args: Args, processor: Processor, contexts: list, held_out: bool =
     try:
         rows = Rows(name, split, columns)
     except UserError as e:
-        raise UserError(f"{e.message}\nThat was --eval-data; --eval-data '' turns evaluation off") from None if held_out else e
+        if not held_out:
+            raise
+        raise UserError(f"{e.message}\nThat was --eval-data; --eval-data '' turns evaluation off") from None
     if held_out and 0 < args.eval_rows < len(rows):  # the same random ones in every run: data sets are often sorted
         picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: args.eval_rows]
         rows.kept = [rows.kept[i] for i in sorted(picked.tolist())]

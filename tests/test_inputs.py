@@ -131,8 +131,9 @@ def test_every_row_bad(tmp_path, tiny, good):
 def test_missing_file_column_split_and_empty_data(tmp_path, tiny, good):
     with pytest.raises(common.UserError, match="nothing-here"):
         load(str(tmp_path / "nothing-here"), tiny)
-    with pytest.raises(common.UserError, match=r"no column 'question'.*--column-problem"):
+    with pytest.raises(common.UserError, match=r"no column 'question'.*--column-problem") as error:
         load(write(tmp_path, [good]), tiny, column_problem="question")
+    assert "--eval-data" not in str(error.value)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(common.UserError, match="empty"):
         load(str(tmp_path / "empty.jsonl"), tiny)
