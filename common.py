@@ -1143,7 +1143,8 @@ def save_checkpoint(lm, processor: Processor, folder: Path, weights: dict[str, T
     from transformers.utils import cached_file
 
     for file in ("processor_config.json", "video_preprocessor_config.json"):  # for AutoProcessor; we read neither
-        source = cached_file(locate(processor.name), file, _raise_exceptions_for_missing_entries=False)
+        source = cached_file(locate(processor.name), file, _raise_exceptions_for_missing_entries=False,
+                             _raise_exceptions_for_connection_errors=False)  # a missing extra must not cost a finished run
         if source and Path(source).resolve() != Path(folder, file).resolve():
             shutil.copy(source, folder)
 
