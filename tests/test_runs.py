@@ -107,7 +107,8 @@ def test_analyze_writes_ten_bins(tiny, tmp_path):
 
 def test_interruption_leaves_a_readable_run(tiny, tmp_path):
     argv = flags(tiny, tmp_path / "run", max_steps=500)
-    process = subprocess.Popen([sys.executable, "vgs.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "vgs.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background shell ignores it
     metrics = tmp_path / "run" / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.read_text().count("\n") >= 3:

@@ -75,7 +75,8 @@ def test_an_interrupted_build_leaves_nothing_that_counts(tmp_path):
     """SIGINT, then SIGKILL, in the middle: no folder with the final name, and the next start begins anew."""
     for stop in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen([sys.executable, "toy.py"], cwd=ROOT, env={"CLEANOPD_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"},
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background shell ignores it
         for _ in range(600):
             if list(tmp_path.glob("*.partial/train/state.json")):
                 break
