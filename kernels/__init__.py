@@ -231,12 +231,12 @@ def launch_backward(lib, upstream, student, valid, index, at_support, dense, res
 def _launch(function, like: Tensor, *arguments) -> None:
     if not like.shape[0]:
         return
-    arguments = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     if like.is_cuda:
         with torch.cuda.device(like.device):
-            status = function(*arguments, torch.cuda.current_stream().cuda_stream)
+            status = function(*pointers, torch.cuda.current_stream().cuda_stream)
     else:  # the tests' build for the CPU
-        status = function(*arguments, None)
+        status = function(*pointers, None)
     if status:
         raise RuntimeError(f"{function.__name__}: {function.text(status).decode()}")
 

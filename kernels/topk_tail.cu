@@ -413,8 +413,8 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
          Global<double> dense) {
     SHARED(double, log_ps, 2 * MAX_K);
     SHARED(double, log_qs, 2 * MAX_K);
-    SHARED(double, scratch, 8 * (LOSS_THREADS / 32));
     constexpr int WARPS = LOSS_THREADS / 32;
+    SHARED(double, scratch, 9 * WARPS);  // one part for each sum below
     const int t = threadIdx.x;
     const int64_t n = blockIdx.x;
     const Global<const T> z = student + n * student_stride, y = teacher + n * teacher_stride;
@@ -424,7 +424,7 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
     const bool bad = isnan(z_log) || isnan(y_log), is_union = b > 0;
 
     // The support, each token once, and the mass that the other side's winners take from this side's tail.
-    double members = 0, in_both = 0, p_extra = 0, q_extra = 0, p_inside = 0, q_inside = 0;
+    double in_both = 0, p_extra = 0, q_extra = 0, p_inside = 0, q_inside = 0;
     for (int i = t; i < a + b; i += LOSS_THREADS) {
         int v = i < a ? first[n * a + i] : second[n * b + (i - a)];
         double log_p = -INFINITY, log_q = -INFINITY;
@@ -436,7 +436,6 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
             else {
                 log_p = (zv - z_max) - z_log;
                 log_q = (yv - y_max) - y_log;
-                members += 1;
                 in_both += in_first && in_second;
                 p_inside += exp(log_p);
                 q_inside += exp(log_q);
@@ -459,15 +458,15 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
         }
         return;
     }
-    members = block_sum(members, scratch + 0 * WARPS);
-    in_both = block_sum(in_both, scratch + 1 * WARPS);
-    p_extra = block_sum(p_extra, scratch + 2 * WARPS);
-    q_extra = block_sum(q_extra, scratch + 3 * WARPS);
+    in_both = block_sum(in_both, scratch + 0 * WARPS);
+    p_extra = block_sum(p_extra, scratch + 1 * WARPS);
+    q_extra = block_sum(q_extra, scratch + 2 * WARPS);
+    p_inside = block_sum(p_inside, scratch + 3 * WARPS);
+    q_inside = block_sum(q_inside, scratch + 4 * WARPS);
 
     // The tails. Where the other side's winners are nearly all of what lies outside, the difference has no digits left: sum it anew.
     double p_tail = zs[LOW] - p_extra, q_tail = ys[LOW] - q_extra;
-    if (members >= valid) p_tail = q_tail = 0;
-    else if (is_union && (p_tail < 0.01 * zs[LOW] || q_tail < 0.01 * ys[LOW])) {
+    if (is_union && (p_tail < 0.01 * zs[LOW] || q_tail < 0.01 * ys[LOW])) {
         p_tail = q_tail = 0;
         for (int v = t; v < valid; v += LOSS_THREADS) {
             const float zv = to_float(z[v]), yv = to_float(y[v]);
@@ -475,12 +474,9 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
             p_tail += exp((zv - z_max) - z_log);
             q_tail += exp((yv - y_max) - y_log);
         }
-        p_tail = block_sum(p_tail, scratch + 4 * WARPS);
-        q_tail = block_sum(q_tail, scratch + 5 * WARPS);
+        p_tail = block_sum(p_tail, scratch + 5 * WARPS);
+        q_tail = block_sum(q_tail, scratch + 6 * WARPS);
     }
-    p_inside = block_sum(p_inside, scratch + 6 * WARPS);
-    q_inside = block_sum(q_inside, scratch + 7 * WARPS);
-    __syncthreads();  // scratch is used a second time below
 
     const double p_scale = outside == RENORMALISED ? log(p_inside) : 0, q_scale = outside == RENORMALISED ? log(q_inside) : 0;
     double value = 0, abar = 0;
@@ -491,8 +487,8 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
         log_ps[i] -= p_scale;
         log_qs[i] = share.slope;
     }
-    value = block_sum(value, scratch + 0 * WARPS);
-    abar = block_sum(abar, scratch + 1 * WARPS);
+    value = block_sum(value, scratch + 7 * WARPS);
+    abar = block_sum(abar, scratch + 8 * WARPS);
 
     const double log_floor = log(1e-30);
     const bool floored = kind == FORWARD_KL && outside == TAIL && q_tail > 0 && log(p_tail) < log_floor;

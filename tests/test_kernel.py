@@ -1,0 +1,353 @@
+"""kernels/topk_tail.cu against float64, on the CPU wherever pytest runs and on a GPU where there is one."""
+
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import adversarial, build_for_cpu, compare, ordinary, run, stable_top_k
+
+import kernels
+from kernels import reference, topk_tail_divergence
+from kernels.reference import KINDS, OUTSIDE, SUPPORTS
+
+DTYPES = (torch.float32, torch.bfloat16)
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def cpu_library(tmp_path_factory):
+    return build_for_cpu(kernels.SOURCE, tmp_path_factory.mktemp("kernel") / "topk_tail.so")
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def lib(device, cpu_library, monkeypatch):
+    # torch.empty is filled with NaN, so that a forgotten element shows
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield cpu_library if device == "cpu" else kernels.library(torch.device("cuda"))
+    torch.use_deterministic_algorithms(previous)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_supports_and_outsides(lib, device, dtype, kind):
+    z, y = ordinary(6, 5003, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randint(-1, 5003, (6, 80), generator=generator).to(device)  # with repetitions and gaps
+    for support, outside, beta in itertools.product(SUPPORTS, OUTSIDE, (0.5, 0.1) if kind == "jsd" else (0.5,)):
+        options = {"given": given} if support == "given" else {}
+        compare(lib, z, y, k=50, kind=kind, beta=beta, support=support, outside=outside, label=f"{support} {outside} {beta}", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n, v, k",
+    [(1, 32_000, 100), (3, 151_936, 100), (2, 152_064, 1024), (2, 32_000, 1024), (4, 1003, 1), (3, 1003, 1002), (3, 1000, 1000), (5, 7, 3),
+     (2, 1, 1), (2, 2, 1), (3, 513, 512), (2, 40_000, 257)],
+)  # fmt: skip
+def test_shapes(lib, device, dtype, n, v, k):
+    z, y = ordinary(n, v, seed=v, dtype=dtype, device=device)
+    for kind in KINDS if v < 40_000 else ("jsd",):
+        compare(lib, z, y, k=k, kind=kind, label=kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_offsets_and_shared_vocabularies(lib, device, dtype):
+    for width, offset in ((5008, 0), (5008, 8), (5001, 0), (5011, 3)):  # aligned rows and others
+        z, y = (x[:, offset : offset + 4993] for x in ordinary(4, width, dtype=dtype, device=device))
+        compare(lib, z, y, k=50, label=f"stride {width}, offset {offset}")
+    z, y = ordinary(4, 5000, dtype=dtype, device=device)
+    for valid in (4999, 4992, 64):
+        compare(lib, z, y, k=50, valid_vocab=valid, label=f"valid_vocab {valid}")
+    compare(lib, z, y[:, :4000].contiguous(), k=50, label="a smaller teacher")
+    compare(lib, z[:, :4000].contiguous(), y, k=50, label="a larger teacher")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", adversarial(20_000))
+def test_adversarial_rows(lib, device, dtype, name):
+    v = 20_000
+    z, y = (x[None].to(device, dtype) for x in adversarial(v)[name])
+    for kind, k in itertools.product(KINDS, (1, 100, 1024)):
+        if kind == "reverse_kl" and y.isinf().any():
+            continue
+        compare(lib, z, y, k=k, kind=kind, label=f"{kind}, k = {k}")
+        compare(lib, z, y, k=k, kind=kind, outside="renormalised", valid_vocab=v - 1, label=f"{kind}, k = {k}, cut")
+        compare(lib, y, z, k=k, label=f"swapped, k = {k}")
+
+
+def test_impossible_tokens(lib, device):
+    z, y = ordinary(3, 5000, device=device)
+    z[:, y[0].argmax()] = -torch.inf
+    _, _, index, gradient = run(lib, z, y, kind="forward_kl")
+    value = run(lib, z, y, kind="forward_kl")[0]
+    exact = dict(kind="forward_kl", support="given", given=index.long())
+    assert value.isinf().tolist() == [True, False, False] or value.isinf().all()
+    slope = reference.gradient(z.double(), y.double(), **exact)
+    assert ((gradient - slope).norm(dim=-1) < 1e-5 * slope.norm(dim=-1)).all()
+    z[:, 100:] = -torch.inf  # no tail but the teacher's: the floor of forward KL
+    value, metrics, index, gradient = run(lib, z, y, kind="forward_kl", support="given", given=torch.arange(100, device=device).repeat(3, 1))
+    wanted, exact_metrics = reference.divergence(z.double(), y.double(), kind="forward_kl", support="given", given=index.long())
+    assert metrics["tail_floored"].tolist() == [1, 1, 1] == exact_metrics["tail_floored"].int().tolist()
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_rows_without_a_distribution_are_nan_and_alone(lib, device):
+    clean, y = ordinary(9, 5000, device=device)
+    z, teacher = clean.clone(), y.clone()
+    z[1, 3], z[2, 4999], z[3], z[4, 0] = torch.nan, torch.inf, -torch.inf, torch.nan
+    z[8] = torch.tensor(torch.nan).copysign(torch.tensor(-1.0))
+    teacher[6, 77] = torch.nan
+    bad = [False, True, True, True, True, False, True, False, True]
+    for support in SUPPORTS:
+        options = {"support": support} | ({"given": torch.arange(50, device=device).repeat(9, 1)} if support == "given" else {})
+        value, metrics, _, gradient = run(lib, z, teacher, **options)
+        good, _, _, good_gradient = run(lib, clean, y, **options)
+        assert (metrics["bad"] > 0).tolist() == value.isnan().tolist() == gradient.isnan().all(-1).tolist() == bad
+        keep = torch.tensor(bad, device=device).logical_not()
+        assert torch.equal(value[keep], good[keep]) and torch.equal(gradient[keep], good_gradient[keep])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_upstream_in_place_and_twice(lib, device, dtype):
+    z, y = ordinary(5, 5003, dtype=dtype, device=device)
+    upstream = torch.tensor([1.0, -0.25, 0.0, 1e-3, torch.nan], device=device)
+    once, twice = run(lib, z, y, upstream), run(lib, z, y, upstream)
+    for a, b in zip((once[0], *once[1].values(), *once[2:]), (twice[0], *twice[1].values(), *twice[2:])):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    plain = run(lib, z, y)[3].double()
+    tolerance = 8e-3 if dtype == torch.bfloat16 else 1e-5
+    for i in (0, 1, 3):
+        assert (once[3][i].double() - upstream[i] * plain[i]).norm() <= tolerance * (upstream[i] * plain[i]).norm()
+    assert (once[3][2] == 0).all() and once[3][4].isnan().all()
+    wide = torch.full((5, 5008), 7.0, dtype=dtype, device=device)
+    wide[:, :5003] = z
+    apart = run(lib, wide[:, :5003], y, upstream)[3]
+    in_place = run(lib, wide[:, :5003], y, upstream, inplace=True)[3]
+    assert torch.equal(in_place.nan_to_num(7.0), apart.nan_to_num(7.0)) and (wide[:, 5003:] == 7.0).all()
+
+
+def test_metrics(lib, device):
+    z, y = ordinary(6, 5000, device=device)
+    value, metrics, _, _ = run(lib, z, y, k=50)
+    wanted, exact = reference.divergence(z.double(), y.double(), k=50)
+    for name in ("student_tail", "teacher_tail", "overlap", "gap_bound"):
+        torch.testing.assert_close(metrics[name].double(), exact[name], rtol=1e-5, atol=1e-12)
+    full = reference.divergence(z.double(), y.double(), k=5000)[0]
+    assert (full - value <= metrics["gap_bound"] + 1e-7).all() and (full >= value - 1e-7).all()
+    shared = [len(a & b) / 50 for a, b in zip(stable_top_k(z, 50), stable_top_k(y, 50))]
+    torch.testing.assert_close(metrics["overlap"].cpu(), torch.tensor(shared))
+    assert (metrics["bad"] == 0).all() and (metrics["tail_floored"] == 0).all()
+    assert run(lib, z, y, support="student")[1]["overlap"].isnan().all()
+    assert run(lib, z, y, kind="forward_kl")[1]["gap_bound"].isinf().all()
+
+
+def test_no_rows(lib, device):
+    z, y = ordinary(1, 100, device=device)
+    value, metrics, index, gradient = run(lib, z[:0], y[:0], k=5)
+    assert value.shape == (0,) and gradient.shape == (0, 100)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the operator
+@pytest.fixture(scope="module")
+def operator(cpu_library):
+    """The operator with the CPU's build behind it, registered once: autograd, fake tensors and compile as on a GPU."""
+    original, kernels.library = kernels.library, lambda device: cpu_library if device.type == "cpu" else original(device)
+    for op in (kernels._forward, kernels._backward, kernels._backward_inplace):
+        op.register_kernel("cpu")(op._init_fn)
+    yield kernels.fused
+    kernels.library = original
+
+
+def arguments(z, y, k=20, kind="jsd", support="union", given=None, inplace=False):
+    return z, y, k, kind, 0.5, support, "tail", min(z.shape[1], y.shape[1]), given, inplace
+
+
+def test_operator_differentiates(operator, device):
+    z, y = ordinary(5, 1001, device=device)
+    weights = torch.linspace(-1, 2, 5, device=device)
+    leaf, exact = z.clone().requires_grad_(), z.double().requires_grad_()
+    value, metrics = operator(*arguments(leaf, y))
+    (weights * value).sum().backward()
+    wanted = reference.divergence(exact, y.double(), 20)[0]
+    (weights * wanted).sum().backward()
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-8)
+    assert not any(x.requires_grad for x in metrics.values())
+    given = torch.arange(30, device=device).repeat(5, 1)
+    repeated = torch.cat([given, given], dim=1)  # a token that is listed twice counts once
+    values = [operator(*arguments(z, y, support="given", given=x))[0] for x in (given, repeated)]
+    assert torch.equal(*values)
+
+
+def test_operator_in_place(operator, device):
+    z, y = ordinary(5, 1001, device=device)
+    hidden, head = torch.randn(5, 8, device=device, requires_grad=True), torch.randn(8, 1001, device=device)
+    gradients = []
+    for inplace in (False, True):
+        logits = hidden @ head
+        value, _ = operator(*arguments(logits, y, inplace=inplace))
+        kept = logits.detach().clone()
+        gradients.append(torch.autograd.grad(value.sum(), hidden)[0])
+        assert torch.equal(logits.detach(), kept) == (not inplace)
+    assert torch.equal(*gradients)
+
+
+def test_operator_passes_torchs_own_checks(operator, device):
+    z, y = ordinary(3, 300, device=device)
+    given = torch.arange(10, device=device).repeat(3, 1)
+    torch.library.opcheck(torch.ops.cleanopd.topk_tail, arguments(z.clone().requires_grad_(), y))
+    without_equality = ("test_schema", "test_faketensor", "test_autograd_registration")  # the overlap of a given support is NaN
+    args = arguments(z.bfloat16(), y.bfloat16(), support="given", given=given)
+    torch.library.opcheck(torch.ops.cleanopd.topk_tail, args, test_utils=without_equality)
+    value, metrics, index, at_support, dense = torch.ops.cleanopd.topk_tail(*arguments(z, y))
+    torch.library.opcheck(torch.ops.cleanopd.topk_tail_backward, (torch.ones_like(value), z, 300, index, at_support, dense))
+    torch.library.opcheck(torch.ops.cleanopd.topk_tail_backward_, (torch.ones_like(value), z.clone(), 300, index, at_support, dense))
+
+
+def test_operator_compiles(operator, device):
+    z, y = ordinary(4, 500, device=device)
+
+    def loss(z, y):
+        return (operator(*arguments(2.0 * z, y))[0] * torch.arange(4, device=device)).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for function in (loss, compiled):
+        leaf = z.clone().requires_grad_()
+        function(leaf, y).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_more_than_two_to_the_31_elements():
+    n = 2**31 // 151_936 + 2
+    z = torch.zeros(n, 151_936, dtype=torch.bfloat16, device="cuda")
+    z[-1, ::7], z[-1, 5] = 1.0, 9.0
+    y = z.flip(0)[:1].expand(n, -1)
+    d = topk_tail_divergence(z, y.contiguous(), inplace=True)
+    wanted = reference.divergence(z[-1:].double().cpu(), y[:1].double().cpu())[0]
+    torch.testing.assert_close(d[-1].double().cpu(), wanted[0], rtol=1e-5, atol=1e-8)
+    assert torch.cuda.is_available()
+
+
+# ------------------------------------------------------------------------------------------------------------------ wrong input
+def test_wrong_input():
+    z, y = ordinary(3, 50)
+    given = torch.zeros(3, 4, dtype=torch.int64)
+    wrong = [
+        (ValueError, "one of jsd", dict(kind="js")),
+        (ValueError, "one of union", dict(support="both")),
+        (ValueError, "one of tail", dict(outside="none")),
+        (ValueError, "beta=0", dict(beta=0)),
+        (ValueError, "beta=1.0", dict(beta=1.0)),
+        (ValueError, "k=0", dict(k=0)),
+        (ValueError, "k=51", dict(k=51)),
+        (ValueError, "k=1025", dict(k=1025, student_logits=torch.zeros(3, 2000), teacher_logits=torch.zeros(3, 2000))),
+        (ValueError, "k=5", dict(k=5, valid_vocab=4)),
+        (ValueError, "valid_vocab=51", dict(valid_vocab=51)),
+        (ValueError, "valid_vocab=0", dict(valid_vocab=0)),
+        (ValueError, "need one another", dict(support="given")),
+        (ValueError, "need one another", dict(given=given)),
+        (ValueError, "int64", dict(support="given", given=given.int())),
+        (ValueError, r"\[2, 4\]", dict(support="given", given=given[:2])),
+        (ValueError, "token id 50", dict(support="given", given=given + 50)),
+        (ValueError, "must be .rows, vocabulary", dict(student_logits=z[None], teacher_logits=y[None])),
+        (ValueError, "3 rows and teacher_logits 2", dict(teacher_logits=y[:2])),
+        (ValueError, "contiguous", dict(student_logits=torch.zeros(50, 3).T)),
+        (ValueError, "meta", dict(teacher_logits=y.to("meta"))),
+        (TypeError, "bfloat16", dict(teacher_logits=y.bfloat16())),
+        (TypeError, "int64", dict(student_logits=z.long())),
+    ]
+    for error, message, change in wrong:
+        with pytest.raises(error, match=message):
+            topk_tail_divergence(**{"student_logits": z, "teacher_logits": y, "k": 5} | change)
+
+
+def test_the_choice_of_the_implementation(monkeypatch):
+    z, y = ordinary(3, 50)
+    monkeypatch.setenv("KERNELS", "fast")
+    with pytest.raises(ValueError, match="KERNELS=fast"):
+        topk_tail_divergence(z, y, k=5)
+    monkeypatch.setenv("KERNELS", "reference")
+    assert topk_tail_divergence(z, y, k=5).shape == (3,)
+
+
+def test_without_nvcc(monkeypatch, tmp_path):
+    for name in ("PATH", "CUDA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    with pytest.raises(RuntimeError, match="CUDA toolkit.*KERNELS=reference"):
+        kernels.find_nvcc()
+    with pytest.raises(RuntimeError, match="8.0 or newer"):
+        kernels._library((7, 5))
+
+
+# -------------------------------------------------------------------------------------------------------------------- compiling
+def nvcc_or_skip():
+    try:
+        return kernels.find_nvcc()
+    except RuntimeError:
+        pytest.skip("no nvcc")
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_compiles_without_warnings_or_spills(architecture, tmp_path):
+    report = subprocess.run(
+        [nvcc_or_skip(), *kernels.NVCC_FLAGS, "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", f"-arch={architecture}", "-o",
+         tmp_path / "x.so", kernels.SOURCE], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = (report.stdout + report.stderr).splitlines()
+    assert not [line for line in lines if "warning" in line.lower()]
+    spills = [line for line in lines if "spill" in line]
+    assert len(spills) >= 14 and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
+
+
+def test_two_ranks_compile_at_once(tmp_path):
+    nvcc = nvcc_or_skip()
+    with ThreadPoolExecutor() as pool:
+        paths = list(pool.map(lambda _: kernels.build(nvcc, "sm_80", tmp_path), range(3)))
+    assert len(set(paths)) == 1 and [p.name for p in tmp_path.iterdir()] == [paths[0].name]
+    before = paths[0].stat().st_mtime_ns
+    kernels.load(kernels.build(nvcc, "sm_80", tmp_path))
+    assert paths[0].stat().st_mtime_ns == before  # not compiled a second time
+    assert kernels.build(nvcc, "sm_90", tmp_path) != paths[0]
+
+
+def test_a_failed_compilation_leaves_nothing(tmp_path, monkeypatch):
+    nvcc = nvcc_or_skip()
+    broken = tmp_path / "broken.cu"
+    broken.write_text("this is not C++")
+    monkeypatch.setattr(kernels, "SOURCE", broken)
+    with pytest.raises(RuntimeError, match="KERNELS=reference"):
+        kernels.build(nvcc, "sm_80", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_the_folder_alone(tmp_path):
+    """Copied into another project, with torch and nothing else of this one."""
+    import shutil
+
+    shutil.copytree(Path(kernels.__file__).parent, tmp_path / "their_losses", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import torch, sys; from their_losses import topk_tail_divergence as d; z = torch.randn(3, 50, requires_grad=True); " \
+        "d(z, torch.randn(3, 50), k=5).sum().backward(); assert z.grad.abs().sum() > 0; " \
+        "assert not {'transformers', 'numpy.testing', 'common'} & set(sys.modules)"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_agrees_with_trl():
+    trl = pytest.importorskip("trl.experimental.iw_opd.iw_opd_trainer", reason="trl is not installed")
+    z, y = ordinary(6, 2000)
+    for k in (1, 20, 100):
+        theirs = trl.IWOPDTrainer.generalized_jsd_loss(z[None], y[None], beta=0.5, reduction="sum", top_k=k, add_tail=True)
+        torch.testing.assert_close(topk_tail_divergence(z, y, k=k).sum(), theirs, rtol=1e-4, atol=0)
