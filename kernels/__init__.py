@@ -12,6 +12,7 @@ This folder needs torch and nothing else of this project: copy it whole.
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -258,12 +259,18 @@ def _library(capability: tuple[int, int]) -> ctypes.CDLL:
 
 
 def find_nvcc() -> str:
+    """On PATH, under CUDA_HOME, or from NVIDIA's pip packages; an error that says how to get it otherwise."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    packages = importlib.util.find_spec("nvidia")
+    roots = [Path(home), *(x for root in (packages.submodule_search_locations if packages else ()) for x in Path(root).glob("cu*"))]
+    nvcc = shutil.which("nvcc") or next(filter(None, (shutil.which("nvcc", path=root / "bin") for root in roots)), None)
     if nvcc is None:
+        version = ".".join((torch.version.cuda or "13.0").split(".")[:2])
         raise RuntimeError(
-            "nvcc was not found, and the CUDA kernel is compiled with it on first use. Install the CUDA toolkit (12.0 or newer) and put "
-            "nvcc on PATH or set CUDA_HOME; or set KERNELS=reference to use the slower plain-PyTorch version."
+            "nvcc was not found, and the CUDA kernel is compiled with it on first use. Either\n"
+            f"  install the CUDA toolkit {version} and put nvcc on PATH or set CUDA_HOME, or (CUDA 13)\n"
+            f"  pip install 'nvidia-cuda-nvcc=={version}.*' 'nvidia-cuda-cccl=={version}.*' 'nvidia-cuda-runtime=={version}.*', or\n"
+            "  set KERNELS=reference to use the slower plain-PyTorch version."
         )
     return nvcc
 

@@ -38,7 +38,7 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     kth = logits.topk(k, dim=-1).values[:, -1:]  # [N, 1]
     above, equal = logits > kth, logits == kth
     room = k - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.cumsum(-1) <= room))
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
 def support_mask(z: Tensor, y: Tensor, k: int, support: str, given: Tensor | None) -> Tensor:
@@ -129,7 +129,7 @@ def divergence(
         p_tail, q_tail = (log_mass(x.log_softmax(-1), ~inside).exp() for x in (z, y))
         overlap, bound = torch.full_like(p_tail, math.nan), torch.full_like(p_tail, math.inf)
         if support == "union":
-            overlap = (top_k(z, k) & top_k(y, k)).sum(-1) / k
+            overlap = (2 * k - inside.sum(-1)) / k  # |A n B| = |A| + |B| - |A u B|
         if kind == "jsd" and outside == "tail":
             bound = (beta * q_tail + (1 - beta) * p_tail) * math.log(2)  # from Eq. 63: each log-ratio inside the tail is bounded
         floored = (p_tail < math.exp(TAIL_FLOOR)) & (q_tail > 0) & (kind == "forward_kl") & (outside == "tail")

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from kernels import reference, topk_tail_divergence
 from kernels.reference import KINDS, OUTSIDE, SUPPORTS
 
 DTYPES = (torch.float32, torch.bfloat16)
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernel for the CPU")
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 
 
@@ -284,13 +286,24 @@ def test_the_choice_of_the_implementation(monkeypatch):
     assert topk_tail_divergence(z, y, k=5).shape == (3,)
 
 
-def test_without_nvcc(monkeypatch, tmp_path):
+def test_finding_nvcc(monkeypatch, tmp_path):
     for name in ("PATH", "CUDA_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
-    with pytest.raises(RuntimeError, match="CUDA toolkit.*KERNELS=reference"):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="(?s)CUDA toolkit.*pip install.*KERNELS=reference"):
         kernels.find_nvcc()
     with pytest.raises(RuntimeError, match="8.0 or newer"):
         kernels._library((7, 5))
+
+    class Nvidia:  # as pip's nvidia-cuda-nvcc lies there
+        submodule_search_locations = [str(tmp_path / "nvidia")]
+
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: Nvidia)
+    assert kernels.find_nvcc() == str(nvcc)
 
 
 # -------------------------------------------------------------------------------------------------------------------- compiling
@@ -336,8 +349,6 @@ def test_a_failed_compilation_leaves_nothing(tmp_path, monkeypatch):
 
 def test_the_folder_alone(tmp_path):
     """Copied into another project, with torch and nothing else of this one."""
-    import shutil
-
     shutil.copytree(Path(kernels.__file__).parent, tmp_path / "their_losses", ignore=shutil.ignore_patterns("__pycache__"))
     code = "import torch, sys; from their_losses import topk_tail_divergence as d; z = torch.randn(3, 50, requires_grad=True); " \
         "d(z, torch.randn(3, 50), k=5).sum().backward(); assert z.grad.abs().sum() > 0; " \
@@ -351,3 +362,11 @@ def test_agrees_with_trl():
     for k in (1, 20, 100):
         theirs = trl.IWOPDTrainer.generalized_jsd_loss(z[None], y[None], beta=0.5, reduction="sum", top_k=k, add_tail=True)
         torch.testing.assert_close(topk_tail_divergence(z, y, k=k).sum(), theirs, rtol=1e-4, atol=0)
+
+
+def test_the_bench_runs():
+    command = [sys.executable, "-m", "kernels.bench", "--rows", "4", "--vocab", "500", "--k", "20", "--repeat", "1", "--hidden", "16"]
+    table = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True).stdout
+    assert torch.cuda.is_available() or "No CUDA device" in table
+    for entry in ("copy bandwidth", "reference.py", "eager, full vocabulary", "torch.compile", "torch.topk", "head products alone"):
+        assert entry in table

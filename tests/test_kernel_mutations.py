@@ -5,9 +5,11 @@ of bounds or a deadlock counts as found. `pytest tests/test_kernel_mutations.py 
 """
 
 import re
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import pytest
 import torch
 from kernel_cases import adversarial, build_for_cpu, compare, ordinary, run
 
@@ -110,6 +112,7 @@ def cases():
         yield name, SOURCE.replace(old, new)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernel for the CPU")
 def test_every_mutation_is_found(tmp_path):
     examine(build_for_cpu(kernels.SOURCE, tmp_path / "unchanged.so"))
     named = list(cases())
