@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -63,10 +64,14 @@ def topk_tail_divergence(
                     minus this one (jsd with tail; inf otherwise); tail_floored, whether forward KL met its floor of 1e-30; bad
 
     Returns [N] float32 (float64 for float64 logits), in nats. A row that is no distribution (NaN, +inf, or -inf throughout, on
-    either side) gives NaN, in its gradient too, and is marked in metrics["bad"]; other rows are not affected.
+    either side) gives NaN, in its gradient too, and is marked in metrics["bad"]; other rows are not affected. A KL is +inf where its
+    second distribution rules out (-inf) a token of the support that its first allows; reverse KL's gradient is then NaN.
+    On CUDA, call it once before capturing a CUDA graph: the first call compiles.
     Raises ValueError or TypeError, naming the argument, on input that this cannot hold for.
     """
     valid = _check(student_logits, teacher_logits, k, kind, beta, support, outside, valid_vocab, given)
+    if inplace and student_logits.shape[0] > 1 and student_logits.stride(0) < student_logits.shape[1]:
+        raise ValueError(f"inplace=True, and the rows of student_logits share memory (stride {student_logits.stride()}): call .contiguous()")
     choice = os.environ.get("KERNELS", "")
     if choice not in ("", "reference"):
         raise ValueError(f"KERNELS={choice}: the only value it can have is 'reference' (unset it to use the CUDA kernel)")
@@ -280,7 +285,7 @@ def build(nvcc: str, architecture: str, cache: Path | None = None) -> Path:
     cache = cache or Path(os.environ.get("CLEANOPD_CACHE") or Path.home() / ".cache" / "cleanopd") / "kernels"
     command = [nvcc, *NVCC_FLAGS, f"-arch={architecture}"]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), version, *command]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), version, platform.machine(), *command]).encode()).hexdigest()[:16]
     target = cache / f"topk_tail-{architecture}-{key}.so"
     if target.exists():
         return target

@@ -10,10 +10,11 @@
 //   row_loss    one CTA a row: the union, D, the scalar and the <= 2K entries, in float64
 //   row_grad    one CTA a row: one read and one write (in place if asked)
 //
-// Precision. Sums over the vocabulary are float32 within a thread and float64 across threads. The mass outside the top K is summed over
-// the tokens outside it, never taken as one minus the others, so that it is right to 1e-6 also where p_max = 1 - 1e-8; the log-sum-exp is
-// then that mass plus the top K, added in float64. Whatever touches only S (<= 2K terms a row) is float64 altogether, and each
-// bucket's share of D is written so that it is never negative and errors of the masses enter it in second order only.
+// Precision. Exponentials of the vocabulary are float32, added in float32 within a group and in float64 beyond it. The mass outside the
+// top K is summed over the tokens outside it, never taken as one minus the others, so that it is right to 1e-6 also where
+// p_max = 1 - 1e-8; the log-sum-exp is then that mass plus the top K, added in float64. Whatever touches only S (<= 2K terms a row) is
+// float64 altogether, and each bucket's share of D is written so that it is never negative and errors of the masses enter it in
+// second order only. Denormals count as zero (-ftz=true), and where that would lose a tail, it is summed again in float64.
 //
 // Order. Equal logits rank by index, the smaller first. No floating-point atomics: two runs agree bit for bit.
 //
@@ -91,17 +92,19 @@ template <int W, class T> __device__ __forceinline__ void store(const float (&x)
 }
 
 // Group r of thread t holds the units r * THREADS + t + j * THREADS * GROUPS; the last valid % W elements, which make no unit,
-// belong to group 0 of the first threads. body(index, value) is called for every element of the group.
+// belong to group 0 of the first threads. body(index of the first, values) is called for every unit of the group, and for such an element.
 template <int W, class T, class Body> __device__ void visit_group(Global<const T> row, int valid, int r, Body body) {
     const int t = threadIdx.x;
     const int units = valid / W;
     for (int unit = r * THREADS + t; unit < units; unit += THREADS * GROUPS) {
         float x[W];
         unpack(load<W>(row, unit), x);
-#pragma unroll
-        for (int i = 0; i < W; i++) body(unit * W + i, x[i]);
+        body(unit * W, x);
     }
-    if (r == 0 && t < valid % W) body(units * W + t, to_float(row[units * W + t]));
+    if (r == 0 && t < valid % W) {
+        const float x[1] = {to_float(row[units * W + t])};
+        body(units * W + t, x);
+    }
 }
 template <int W> __device__ void group_of(int index, int valid, int& thread, int& r) {
     const int unit = index / W;
@@ -146,9 +149,11 @@ template <int W> __device__ __forceinline__ void accumulate(const float (&x)[W],
 
 // ---------------------------------------------------------------------------------------------------------------- selecting top K
 // A key orders elements by (value descending, index ascending) as one unsigned number; no two elements of a row have the same.
-__device__ __forceinline__ uint64_t make_key(float value, unsigned index) {
-    const unsigned bits = __float_as_uint(value == 0.0f ? 0.0f : value);  // -0 equals 0
-    return (uint64_t)(bits & 0x80000000u ? ~bits : bits | 0x80000000u) << 32 | (0xffffffffu - index);
+// Keys of a list of indices have no value; the index -1 then has the key 0, the smallest.
+__device__ __forceinline__ uint64_t index_key(int index) { return 0xffffffffu - (unsigned)index; }
+__device__ __forceinline__ uint64_t make_key(float value, int index) {
+    const unsigned bits = __float_as_uint(value == 0.0f ? 0.0f : value);  // -0 equals 0, as it does in ranks()
+    return (uint64_t)(bits & 0x80000000u ? ~bits : bits | 0x80000000u) << 32 | index_key(index);
 }
 __device__ __forceinline__ float key_value(uint64_t key) {
     const unsigned bits = (unsigned)(key >> 32);
@@ -244,6 +249,7 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
     SHARED(double, totals, THREADS / 32);
     SHARED(double, highs, THREADS / 32);
     SHARED(double, lows, THREADS / 32);
+    SHARED(double, again, THREADS / 32);
     const int t = threadIdx.x;
     const int64_t n = blockIdx.x;
     const Global<const T> row = logits + n * row_stride;
@@ -311,7 +317,7 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
         if (t == 0) listed[0] = 0;
     } else {
         marks[t] = 0;
-        for (int i = t; i < k; i += THREADS) list[i] = 0xffffffffu - (unsigned)given[n * k + i];  // -1 sorts last, as 0
+        for (int i = t; i < k; i += THREADS) list[i] = index_key(given[n * k + i]);
         __syncthreads();
         for (int i = t; i < k; i += THREADS) {
             const int index = given[n * k + i];
@@ -328,14 +334,23 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
     for (int r = 0; r < GROUPS; r++) low += dirty >> r & 1 ? 0.0f : sum[r];
     __syncthreads();
     for (int rest = dirty; rest; rest &= rest - 1) {
-        visit_group<W>(row, valid, __ffs(rest) - 1, [&](int index, float x) {
-            const uint64_t key = make_key(x, index);
-            if (SELECT && key >= threshold) {
-                const int slot = atomicAdd(listed + 0, 1);
-                if (slot < LIST) list[slot] = key;
-            } else if (SELECT || !contains(list, k, 0xffffffffu - (unsigned)index)) {
-                low += __expf(x - row_max);
+        visit_group<W>(row, valid, __ffs(rest) - 1, [&](int first, const auto& x) {
+            constexpr int n_values = sizeof(x) / sizeof(float);
+            float top = x[0], others = 0;
+#pragma unroll
+            for (int i = 1; i < n_values; i++) top = fmaxf(top, x[i]);
+            const bool plain = SELECT && make_key(top, -1) < threshold;  // no winner in it, as in most units
+#pragma unroll
+            for (int i = 0; i < n_values; i++) {
+                const uint64_t key = plain ? 0 : make_key(x[i], first + i);
+                if (SELECT && !plain && key >= threshold) {
+                    const int slot = atomicAdd(listed + 0, 1);
+                    if (slot < LIST) list[slot] = key;
+                } else if (SELECT || !contains(list, k, index_key(first + i))) {
+                    others += __expf(x[i] - row_max);
+                }
             }
+            low += others;
         });
     }
     if constexpr (SELECT) {
@@ -343,7 +358,10 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
         count = listed[0];
         if (count > LIST) {  // too many for the list (a constant row, say): select from the row itself, which takes any input
             const auto all = [&](auto each) {
-                for (int r = 0; r < GROUPS; r++) visit_group<W>(row, valid, r, [&](int index, float x) { each(make_key(x, index)); });
+                for (int r = 0; r < GROUPS; r++)
+                    visit_group<W>(row, valid, r, [&](int first, const auto& x) {
+                        for (int i = 0; i < (int)(sizeof(x) / sizeof(float)); i++) each(make_key(x[i], first + i));
+                    });
             };
             const uint64_t kth = radix_select(k, 0, histogram, found, all);
             if (t == 0) listed[0] = 0;
@@ -371,6 +389,18 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
     }
     high = block_sum(high, highs);
     low = block_sum(low, lows);
+    if (low < 1e-25) {  // too little for float32, which has lost some of it or all. The same branch for every thread.
+        const uint64_t kth = SELECT ? (uint64_t)list[k - 1] : 0;
+        low = 0;
+        for (int r = 0; r < GROUPS; r++)
+            visit_group<W>(row, valid, r, [&](int first, const auto& x) {
+                for (int i = 0; i < (int)(sizeof(x) / sizeof(float)); i++) {
+                    const bool wins = SELECT ? make_key(x[i], first + i) >= kth : contains(list, k, index_key(first + i));
+                    if (!wins) low += exp((double)x[i] - row_max);
+                }
+            });
+        low = block_sum(low, again);
+    }
     if (t == 0) {
         stats[n * STATS + ROW_MAX] = row_max;
         stats[n * STATS + LOG_Z] = log(high + low);
@@ -382,7 +412,7 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
 
 // -------------------------------------------------------------------------------------------------------------- kernel 2: row_loss
 struct Share {
-    double term;   // of D: Bregman's form, with the linear terms that cancel over all buckets, so that no share is negative
+    double term;   // of D; the KLs with linear terms (q - p) that cancel over all buckets, so that no share is negative
     double slope;  // p_b a_b, finite also where p_b vanishes
 };
 __device__ Share share_of(int kind, double beta, double log_p, double log_q) {
@@ -414,13 +444,15 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
     SHARED(double, log_ps, 2 * MAX_K);
     SHARED(double, log_qs, 2 * MAX_K);
     constexpr int WARPS = LOSS_THREADS / 32;
-    SHARED(double, scratch, 9 * WARPS);  // one part for each sum below
+    SHARED(double, scratch, 11 * WARPS);  // one part for each sum below
+    SHARED(float, tops, 2 * WARPS);
     const int t = threadIdx.x;
     const int64_t n = blockIdx.x;
     const Global<const T> z = student + n * student_stride, y = teacher + n * teacher_stride;
     const Global<const double> zs = student_stats + n * STATS, ys = teacher_stats + n * STATS;
     const Global<float> metric = metrics + n * METRICS;
     const double z_max = zs[ROW_MAX], z_log = zs[LOG_Z], y_max = ys[ROW_MAX], y_log = ys[LOG_Z];
+    const double z_kth = zs[KTH_VALUE], z_at = zs[KTH_INDEX], y_kth = ys[KTH_VALUE], y_at = ys[KTH_INDEX];
     const bool bad = isnan(z_log) || isnan(y_log), is_union = b > 0;
 
     // The support, each token once, and the mass that the other side's winners take from this side's tail.
@@ -430,8 +462,8 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
         double log_p = -INFINITY, log_q = -INFINITY;
         if (v >= 0 && !bad) {
             const float zv = to_float(z[v]), yv = to_float(y[v]);
-            const bool in_first = i < a || ranks(zv, v, zs[KTH_VALUE], zs[KTH_INDEX]);
-            const bool in_second = is_union && (i >= a || ranks(yv, v, ys[KTH_VALUE], ys[KTH_INDEX]));
+            const bool in_first = i < a || ranks(zv, v, z_kth, z_at);
+            const bool in_second = is_union && (i >= a || ranks(yv, v, y_kth, y_at));
             if (i >= a && in_first) v = -1;  // already there
             else {
                 log_p = (zv - z_max) - z_log;
@@ -466,11 +498,12 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
 
     // The tails. Where the other side's winners are nearly all of what lies outside, the difference has no digits left: sum it anew.
     double p_tail = zs[LOW] - p_extra, q_tail = ys[LOW] - q_extra;
-    if (is_union && (p_tail < 0.01 * zs[LOW] || q_tail < 0.01 * ys[LOW])) {
+    if (is_union && (p_tail < 0.1 * zs[LOW] || q_tail < 0.1 * ys[LOW])) {
         p_tail = q_tail = 0;
+#pragma unroll 4
         for (int v = t; v < valid; v += LOSS_THREADS) {
             const float zv = to_float(z[v]), yv = to_float(y[v]);
-            if (ranks(zv, v, zs[KTH_VALUE], zs[KTH_INDEX]) || ranks(yv, v, ys[KTH_VALUE], ys[KTH_INDEX])) continue;
+            if (ranks(zv, v, z_kth, z_at) || ranks(yv, v, y_kth, y_at)) continue;
             p_tail += exp((zv - z_max) - z_log);
             q_tail += exp((yv - y_max) - y_log);
         }
@@ -478,14 +511,30 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
         q_tail = block_sum(q_tail, scratch + 6 * WARPS);
     }
 
-    const double p_scale = outside == RENORMALISED ? log(p_inside) : 0, q_scale = outside == RENORMALISED ? log(q_inside) : 0;
+    double p_scale = 0, q_scale = 0;  // logarithms of what S is divided by; its mass may be too small for a float64
+    if (outside == RENORMALISED) {
+        double p_top = -INFINITY, q_top = -INFINITY;
+        for (int i = t; i < a + b; i += LOSS_THREADS) {
+            p_top = fmax(p_top, (double)log_ps[i]);
+            q_top = fmax(q_top, (double)log_qs[i]);
+        }
+        p_top = block_max((float)p_top, tops), q_top = block_max((float)q_top, tops + WARPS);
+        double p_sum = 0, q_sum = 0;
+        for (int i = t; i < a + b; i += LOSS_THREADS) {
+            p_sum += exp(log_ps[i] - p_top);
+            q_sum += exp(log_qs[i] - q_top);
+        }
+        p_sum = block_sum(p_sum, scratch + 9 * WARPS), q_sum = block_sum(q_sum, scratch + 10 * WARPS);
+        p_scale = p_top > -INFINITY ? p_top + log(p_sum) : 0;  // nothing there: nothing to divide
+        q_scale = q_top > -INFINITY ? q_top + log(q_sum) : 0;
+    }
     double value = 0, abar = 0;
     for (int i = t; i < a + b; i += LOSS_THREADS) {
         const Share share = share_of(kind, beta, log_ps[i] - p_scale, log_qs[i] - q_scale);
         value += share.term;
         abar += share.slope;
         log_ps[i] -= p_scale;
-        log_qs[i] = share.slope;
+        log_qs[i] = share.slope;  // from here on the slopes
     }
     value = block_sum(value, scratch + 7 * WARPS);
     abar = block_sum(abar, scratch + 8 * WARPS);
@@ -523,7 +572,7 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
 // -------------------------------------------------------------------------------------------------------------- kernel 3: row_grad
 // result [N, vocab] = upstream [N] times dD/dz; result may be the logits themselves. Columns from valid on are zero.
 template <class T, int W>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, 3)
 row_grad(Global<const float> upstream, Global<const T> logits, int64_t row_stride, int valid, int vocab, Global<const double> dense,
          Global<const int> index, Global<const float> at_support, int entries, Global<T> result, int64_t result_stride) {
     const int t = threadIdx.x;

@@ -114,6 +114,10 @@ def adversarial(v, seed=0):
     second = torch.full((v,), -25.0)
     second[3], second[v - 3] = 0.0, -3.0
     rows["the teacher's winner is all that the student's leaves"] = (second, elsewhere)
+    for gap in (88.0, 100.0, 300.0):  # what is left is too little for float32 exponentials, or for float64 ones of the row
+        far = noise.clone()
+        far[7] = gap
+        rows[f"a gap of {gap:.0f}"] = (other, far)
     rows["teacher equals student"] = (noise, noise + 3.0)
     rows["nearly equal"] = (3 * noise, 3 * noise + 1e-3 * other)
     rows["disjoint"] = (torch.where(noise > 0, 9 + noise, noise - 9), torch.where(noise > 0, noise - 9, 9 + noise))
