@@ -13,6 +13,7 @@ Three conventions hold everywhere:
   * Importing this file needs torch and nothing else; transformers, datasets, numpy and tyro are imported where they are used.
 """
 
+import base64
 import dataclasses
 import datetime
 import functools
@@ -26,6 +27,8 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -526,10 +529,12 @@ def check_same_inputs(student: Processor, teacher: Processor) -> None:
                 raise UserError(f"student and teacher prepare images differently: {key} is {ours} against {theirs}. Choose models of one family")
 
 
-def load_rows(args: Args, processor: Processor, contexts: list, held_out: bool = False, images: bool = True, answers: bool = True) -> Rows | None:
+def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool = False, images: bool = True, answers: bool = True,
+              columns: dict[str, str] | None = None) -> Rows | None:
     """The training rows, or the held-out ones (None without --eval-data), read once and checked before any model is loaded.
 
-    contexts: functions row -> Context whose prompts have to fit into --max-prompt.
+    contexts: name -> fn(row) -> Context (None: not for this row); their prompts have to fit into --max-prompt.
+    columns: what the method needs besides problem, images and answer, our name -> the data's.
     """
     name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
     if not name and held_out:
@@ -538,7 +543,8 @@ def load_rows(args: Args, processor: Processor, contexts: list, held_out: bool =
         raise UserError("there is no training data: name it with --data")
     if images and processor.image_id is None:
         raise UserError(f"{processor.name!r} is a text-only model, and this method shows it images")
-    columns = {"problem": args.column_problem} | ({"images": args.column_images} if images else {}) | ({"answer": args.column_answer} if answers else {})
+    columns = {"problem": args.column_problem} | (columns or {})
+    columns |= ({"images": args.column_images} if images else {}) | ({"answer": args.column_answer} if answers else {})
     try:
         rows = Rows(name, split, columns)
     except UserError as e:
@@ -550,7 +556,8 @@ def load_rows(args: Args, processor: Processor, contexts: list, held_out: bool =
         rows.kept = [rows.kept[i] for i in sorted(picked.tolist())]
 
     def complaint(row: dict) -> str | None:
-        return next((wrong for context in contexts if (wrong := processor.complaint(context(row), args.max_prompt))), None)
+        views = {name: view for name, context in contexts.items() if (view := context(row)) is not None}
+        return next((f"{wrong}, context {name!r}" for name, view in views.items() if (wrong := processor.complaint(view, args.max_prompt))), None)
 
     rows.check(args.skip_bad_rows, processor.patch if images else 0, answers, complaint)
     return rows
@@ -694,6 +701,47 @@ class HFEngine:
 ENGINES = {"hf": HFEngine}  # by --engine
 
 
+def writer(name: str, endpoint: str, args: Args):
+    """fn(contexts, temperature) -> texts of up to --max-response tokens, by a local checkpoint or the model that an endpoint serves."""
+    if endpoint:
+        return functools.partial(ask_endpoint, endpoint, name, args.max_response)
+    engine = ENGINES[args.engine](name, Processor(name), args)
+    return lambda contexts, temperature: [r.text for r in engine.generate([engine.processor.encode(c) for c in contexts], temperature)]
+
+
+def ask_endpoint(url: str, model: str, max_tokens: int, contexts: list[Context], temperature: float) -> list[str]:
+    """One answer a context from an OpenAI-compatible endpoint, eight at a time. Overload and outages are waited for, up to a minute."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+
+    def ask(context: Context) -> str:
+        images = iter(context.images)
+        messages = [m if isinstance(m["content"], str) else m | {"content": [
+            {"type": "image_url", "image_url": {"url": as_data_url(next(images))}} if c["type"] == "image" else c for c in m["content"]]}
+            for m in context.messages]
+        body = json.dumps({"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}).encode()
+        for wait in (1, 4, 15, 40, None):
+            try:
+                with urllib.request.urlopen(urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers), timeout=600) as answer:
+                    return json.load(answer)["choices"][0]["message"]["content"] or ""
+            except urllib.error.HTTPError as e:
+                if e.code not in (408, 429) and e.code < 500 or wait is None:
+                    raise UserError(f"{url} refused: {e.code} {e.read().decode(errors='replace')[:300]}") from None
+            except (urllib.error.URLError, TimeoutError) as e:
+                if wait is None:
+                    raise UserError(f"{url} cannot be reached ({e}). What was written so far is kept: start again when it is back") from None
+            time.sleep(wait)
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(ask, contexts))
+
+
+def as_data_url(image) -> str:
+    """PIL image -> data:image/png;base64,..."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 class Recorder:
     """Last in the list of logits processors: notes the log-prob of each sampled token.
 
@@ -736,22 +784,32 @@ class Sample:
     row: dict
     prompts: dict[str, Prompt]  # by the context's name
     response: Response
+    correct: bool = False  # the answer, where answers are checked
     reward: float = 0.0
     advantage: float = 0.0
 
 
-def sample_responses(engine, rows: list[dict], contexts: dict, args: Args) -> list[Sample]:
-    """`group` consecutive responses a row, sampled under the first of the contexts (name -> fn(row) -> Context)."""
-    encoded = [{name: engine.processor.encode(context(row)) for name, context in contexts.items()} for row in rows]
+def sample_responses(engine, rows: list[dict], contexts: dict, args: Args, kind=Sample) -> list:
+    """`group` consecutive responses a row, sampled under the first of the contexts (name -> fn(row) -> Context).
+
+    A context may be None for a row (it lacks what the context shows): the sample then has no prompt of that name.
+    kind: Sample or a subclass.
+    """
+    views = [{name: context(row) for name, context in contexts.items()} for row in rows]
+    encoded = [{name: engine.processor.encode(view) for name, view in of_row.items() if view is not None} for of_row in views]
     sampled_under = next(iter(contexts))
     responses = engine.generate([p[sampled_under] for p in encoded for _ in range(args.group)], args.temperature, args.top_p, args.top_k)
-    return [Sample(rows[i // args.group], encoded[i // args.group], response) for i, response in enumerate(responses)]
+    return [kind(rows[i // args.group], encoded[i // args.group], response) for i, response in enumerate(responses)]
 
 
-def reward_answers(samples: list[Sample], group: int) -> None:
-    """Reward 1 for a right answer, else 0, and the advantage of each response within its group."""
+def reward_answers(samples: list[Sample], group: int, extra=None, weight: float = 0.0) -> None:
+    """Check the answers; reward 1 for a right one, else 0, and the advantage of each response within its group.
+
+    extra: fn(text) -> whether the response earns a second reward, which then has this weight and the answer 1 - weight.
+    """
     for sample in samples:
-        sample.reward = float(is_correct(extract_answer(sample.response.text), str(sample.row["answer"])))
+        sample.correct = is_correct(extract_answer(sample.response.text), str(sample.row["answer"]))
+        sample.reward = (1 - weight) * sample.correct + (weight * extra(sample.response.text) if extra else 0.0)
     for sample, advantage in zip(samples, group_advantages(torch.tensor([s.reward for s in samples]), group).tolist()):
         sample.advantage = advantage
 
@@ -760,6 +818,7 @@ def reward_answers(samples: list[Sample], group: int) -> None:
 class Micro:
     """A micro-batch and all that is known of it before the update. n response tokens, sequence after sequence."""
 
+    samples: list[Sample]
     batch: dict[str, Tensor]  # model inputs: every sequence in the first context, then every one in the second, ...
     contexts: int
     ids: Tensor  # [n] response tokens
@@ -777,16 +836,20 @@ class Micro:
         return list(hidden.split(n)) if n else [hidden] * self.contexts
 
 
-def make_micros(kind, samples: list[Sample], contexts: list[str], processor: Processor, size: int) -> list:
-    """Samples in micro-batches (`kind`: Micro or a subclass), each sequence once a context."""
+def make_micros(kind, samples: list[Sample], contexts: list[str], processor: Processor, size: int, first=None) -> list:
+    """Samples in micro-batches (`kind`: Micro or a subclass), each sequence once a context.
+
+    first: fn(sample) -> whether its tokens come before those of the other samples of its micro-batch.
+    """
     micros = []
     for picked in micro_batches([len(s.prompts[contexts[0]].ids) + len(s.response.ids) for s in samples], size):
-        part = [samples[i] for i in picked]
+        part = sorted((samples[i] for i in picked), key=lambda s: not first(s)) if first else [samples[i] for i in picked]
         responses, views = [s.response.ids for s in part], [[s.prompts[name] for s in part] for name in contexts]
         if not part:  # this rank has run out of work, and the others wait for it in every layer: an empty response
             responses, views = [[]], [[processor.blank()] for _ in contexts]
         lengths = [len(r) for r in responses]
         micros.append(kind(
+            samples=part,
             batch=processor.batch([prompt for view in views for prompt in view], responses * len(contexts)),
             contexts=len(contexts),
             ids=per_token(lengths, responses, torch.long),
@@ -900,7 +963,7 @@ def vocab_loss(fn, weights: Tensor, hidden, head: Tensor, frozen=(), extras=(), 
     """sum over k, t of weights[k, t] * terms[k, t], where terms = fn(*logits, *frozen_logits, *extras): K tensors [n].
 
     hidden: the student's hidden states [N, H], one tensor a context; head [V, H] is shared by them. frozen: (hidden, head)
-    pairs of teachers, no gradient. weights [K, N] must be final, divisors included: that is what allows the gradient to be
+    pairs of teachers, no gradient; one that covers only the first tokens gives fn fewer rows, or none. weights [K, N] must be final, divisors included: that is what allows the gradient to be
     taken chunk by chunk, so that each head is multiplied once and no logits are kept. Returns (loss, terms [K, N] detached).
     """
     return _VocabLoss.apply(fn, weights, tuple(frozen), tuple(extras), vocab, chunk, head, *hidden)
@@ -916,6 +979,12 @@ def group_advantages(rewards: Tensor, group: int, eps: float = 1e-6) -> Tensor:
     if group == 1:
         return torch.zeros_like(rewards)
     return ((r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + eps)).view(-1)
+
+
+def k3(log_p: Tensor, reference: Tensor) -> Tensor:
+    """The k3 estimator of KL(p || reference) at sampled tokens, [N]: r - 1 - log r with r = reference / p; never negative."""
+    log_ratio = reference - log_p
+    return log_ratio.exp() - 1 - log_ratio
 
 
 def clipped_surrogate(log_p: Tensor, old_log_p: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -1062,6 +1131,36 @@ def load_models(args: Args, processor: Processor, teacher: str | None, updates: 
 
 
 # ====================================================================================================== run folder
+class Records:
+    """Results a row, in a folder with one .jsonl a rank: a start that finds some goes on behind them, on any number of ranks."""
+
+    def __init__(self, folder: str, made_from: dict):
+        """made_from: the settings that a continued start has to share. done: the rows (record["row"]) that are there."""
+        self.folder = Path(folder)
+        self.path = self.folder / f"records-{rank()}.jsonl"
+        settings = self.folder / "made_from.json"
+        if settings.exists() and json.loads(settings.read_text()) != made_from:
+            raise UserError(f"{self.folder} was begun with {settings.read_text().strip()}, and this is {json.dumps(made_from)}: choose another --output")
+        self.done = {record["row"] for record in self.all()}  # waits for every rank
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            settings.write_text(json.dumps(made_from) + "\n")
+        all_gather_object(None)
+        if self.path.exists():  # the half line of a start that was killed
+            whole_lines = self.path.read_bytes().rpartition(b"\n")
+            self.path.write_bytes(whole_lines[0] + whole_lines[1])
+
+    def all(self) -> list[dict]:
+        """Every rank's records, in the order of their rows."""
+        all_gather_object(None)
+        texts = [path.read_text().rpartition("\n")[0] for path in sorted(self.folder.glob("records-*.jsonl"))]
+        return sorted((json.loads(line) for text in texts for line in text.splitlines()), key=lambda record: record["row"])
+
+    def add(self, records: list[dict]) -> None:
+        with open(self.path, "a") as f:
+            f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 class Run:
     """The folder of a run: args.json, metrics.jsonl (one line a step), samples.jsonl, checkpoints/, and at the end final/."""
 

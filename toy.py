@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 import common
+import ptdpo
 import vgs
 
 TRAIN_ROWS, TEST_ROWS = 6000, 400
@@ -65,7 +66,7 @@ def make_rows(images, labels, count: int, seed: int, jitter: bool = False) -> li
             continue
         question, steps, answer = working(kind, *digits)
         seen = f"The digits are {digits[0]},{digits[1]},{digits[2]}."
-        ranges = ", ".join("below five" if d < 5 else "five or more" for d in digits)
+        ranges = ", ".join("below four" if d < 4 else "four to six" if d < 7 else "above six" for d in digits)
         rows.append({
             "problem": f"<image>{question}", "images": [draw([images[i] for i in picks], rng if jitter else None)], "answer": answer,
             "solution": f"{seen} {steps}", "hint": f"Read the digits from left to right: {ranges}.",
@@ -101,12 +102,14 @@ def drill(row: dict) -> str:
 
 
 def respond(row: dict, style: str) -> str:
-    """The row's solution in one of the papers' formats: reason (VGS), see-first (ViGOS), description (ViGOS' perception teacher)."""
+    """The row's solution in one of the papers' formats: reason (VGS), think (PTD-PO), see-first and description (ViGOS)."""
     if style == "drill":
         return drill(row)
     seen, _, steps = row["solution"].partition(". ")
     if style == "reason":
         return f"<reason>{row['solution']}</reason>\n\\boxed{{{row['answer']}}}"
+    if style == "think":
+        return f"<think>{row['solution']}</think>\n\\boxed{{{row['answer']}}}"
     described = f"<description>{seen}.</description>"
     return described if style == "description" else f"{described}\n<think>{steps}</think>\n\\boxed{{{row['answer']}}}"
 
@@ -120,23 +123,29 @@ def asking(row: dict, extra: str, images: bool = True, system: bool = False) -> 
 SEE_FIRST = ("\nDescribe the image inside <description></description>, reason inside <think></think>, "
              "and put the final answer in \\boxed{}.")
 
-# name -> (context, response format). VGS and PTD-PO: see, blind, hint. ViGOS: see_first, image_only, solution_first.
+# name -> (context, response format). VGS: see, blind. PTD-PO: ask, hint, answer, solution. ViGOS: see_first, image_only, solution_first.
 CONTEXTS = {
     "see": (vgs.with_image, "reason"),
     "blind": (vgs.without_image, "reason"),
-    "hint": (lambda row: asking(row, f"\nHint: {row['hint']}", system=True), "reason"),
-    "solution": (lambda row: asking(row, f"\nReference solution: {row['solution']}", system=True), "reason"),
+    "ask": (ptdpo.question, "think"),
+    "hint": (lambda row: ptdpo.tutored(row, "hint"), "think"),
+    "hint_blind": (lambda row: ptdpo.tutored(row, "hint", blind=True), "think"),
+    "answer": (lambda row: ptdpo.tutored(row, "answer"), "think"),
+    "solution": (lambda row: ptdpo.tutored(row, "solution"), "think"),
     "see_first": (lambda row: asking(row, SEE_FIRST), "see-first"),
     "solution_first": (lambda row: asking(row, f"\nReference solution: {row['solution']}{SEE_FIRST}"), "see-first"),
     "image_only": (lambda row: asking(row | {"problem": ""}, ""), "description"),
     "drill": (lambda row: asking(row | {"problem": "Practise."}, "", images=False), "drill"),
     "text": (lambda row: asking(row | {"problem": row["text_problem"]}, "", images=False, system=True), "reason"),
 }
-# (steps, weights of the contexts). Digits in the text, arithmetic and sight from the start: one after the other takes far longer.
-START = (300, {"text": 1, "drill": 1, "image_only": 1})
-TEACHER = [START, (700, {"drill": 1, "text": 0.5, "see": 5, "blind": 2, "hint": 1.5, "solution": 1, "see_first": 3, "solution_first": 1,
-                         "image_only": 2})]
-STUDENT = [START, (600, {"drill": 1, "text": 0.5, "see": 4, "blind": 1, "see_first": 2})]
+# (steps, weights of the contexts). Sight comes all at once, when nothing else is asked for; text and arithmetic start beside it, for one
+# after the other takes far longer. The student is its own tutor in PTD-PO and its own teacher in ViGOS: it learns to use what they show.
+START = {"text": 0.6, "drill": 0.6, "image_only": 4}
+TEACHER = [(250, START), (800, {"drill": 0.8, "text": 0.5, "see": 5, "blind": 2, "ask": 0.7, "hint": 0.7, "solution": 1.3, "see_first": 3,
+                                "solution_first": 1.3, "image_only": 1})]
+STUDENT = [(450, {"text": 1, "drill": 0.5, "hint_blind": 4, "image_only": 2}),
+           (600, {"drill": 0.5, "text": 0.5, "see": 1, "blind": 0.5, "see_first": 1, "ask": 1, "hint": 4, "hint_blind": 1, "answer": 0.2,
+                  "solution": 0.5, "solution_first": 0.5, "image_only": 0.3})]
 TEXT_TEACHER = [(450, {"text": 1, "drill": 1})]
 
 
@@ -295,7 +304,7 @@ def build(folder: Path, family: str) -> None:
 
 def recipe(family: str) -> str:
     """Changes whenever this file or a prompt that the models are trained on changes."""
-    row = {key: key for key in ("problem", "solution", "hint", "text_problem")} | {"images": [None]}
+    row = {key: key for key in ("problem", "answer", "solution", "hint", "text_problem")} | {"images": [None]}
     prompts = [context(row).messages for context, _ in CONTEXTS.values()]
     return hashlib.sha256(Path(__file__).read_bytes() + repr((family, prompts)).encode()).hexdigest()[:10]
 

@@ -361,9 +361,8 @@ def main() -> None:
     processor, teacher = common.Processor(args.student), None if args.method == "grpo" else args.teacher
     if teacher is not None:
         common.check_same_inputs(processor, common.Processor(teacher))
-    views = list(contexts(args).values())
-    held_out = common.load_rows(args, processor, views, held_out=True, answers=not args.analyze)
-    train = None if args.analyze else common.load_rows(args, processor, views, answers=uses_rewards(args))
+    held_out = common.load_rows(args, processor, contexts(args), held_out=True, answers=not args.analyze)
+    train = None if args.analyze else common.load_rows(args, processor, contexts(args), answers=uses_rewards(args))
     steps = common.count_steps(args, train)
     models = common.load_models(args, processor, teacher, steps * args.updates)
     if args.analyze:

@@ -1,7 +1,7 @@
-"""Worker of test_distributed.py and test_vgs_exact.py: gradients of one update on eight fixed rollouts, for several layouts.
+"""Worker of test_distributed.py and the test_*_exact.py: gradients of one update on eight fixed rollouts, for several layouts.
 
-python tests/gradients.py TINY OUT LAYOUTS   with LAYOUTS a JSON list of [shares, micro-batch, chunk, method, alpha], and shares
-like [8, 0]: how many of the rollouts each rank holds.
+python tests/gradients.py TINY OUT LAYOUTS   with LAYOUTS a JSON list of [shares, micro-batch, chunk, file, settings]: shares like
+[8, 0], how many of the rollouts each rank holds; file: vgs or ptdpo; settings: what is set in its Args.
 """
 
 import json
@@ -12,43 +12,76 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
+import ptdpo  # noqa: E402
 import vgs  # noqa: E402
 
+CORRECT = [True, False, False, False, True, True, False, True]  # of ptdpo's rollouts, in groups of two
 
-def fixed_samples(processor, rows, count: int) -> list[common.Sample]:
+
+def fixed_samples(processor, rows, count: int, file: str = "vgs", settings: dict | None = None) -> list[common.Sample]:
     """Responses of 3 to 12 tokens, drawn once for all layouts."""
     generator = torch.Generator().manual_seed(5)
+    contexts = vgs.contexts(vgs.Args(method="vgs")) if file == "vgs" else ptdpo.contexts(ptdpo.Args(**settings or {}))
     samples = []
     for i in range(count):
         n = int(torch.randint(3, 13, (), generator=generator))
         ids = torch.randint(0, processor.vocab - 20, (n,), generator=generator).tolist()
-        row = rows[i]
-        response = common.Response(ids, [-1.0] * n, True)
-        prompts = {"image": processor.encode(vgs.with_image(row)), "text": processor.encode(vgs.without_image(row))}
-        samples.append(common.Sample(row, prompts, response, 0.0, (-1.0) ** i))
+        row = rows[i] | ({"hint": ""} if i == 3 else {})
+        views = {name: view for name, context in contexts.items() if (view := context(row)) is not None}
+        prompts, response = {name: processor.encode(view) for name, view in views.items()}, common.Response(ids, [-1.0] * n, True)
+        kind = common.Sample if file == "vgs" else ptdpo.Sample
+        samples.append(kind(row, prompts, response, CORRECT[i], 0.0, (-1.0) ** i))
     return samples
 
 
-def gradient(tiny: str, samples: list, shares: list[int], micro: int, chunk: int, method: str, alpha: float) -> dict:
-    """{"gradient": whole gradient by parameter, "norm", "eta"} of one update with each rank holding its share of the samples."""
-    args = vgs.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", method=method, lambda_lp=0.5, micro_batch=micro,
-                    loss_chunk=chunk, alpha=alpha, group=2)
-    models = common.load_models(args, common.Processor(args.student), args.teacher, updates=1)
-    first = sum(shares[: common.rank()])
-    micros = vgs.score(samples[first : first + shares[common.rank()]], models, args)
+def stale(log_p, ids):
+    """Log-probs of an older policy, for updates after the first: they move every ratio, some past its clip."""
+    return log_p + 0.1 * (ids % 7 - 3)
+
+
+def vgs_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
+    args = vgs.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", lambda_lp=0.5, micro_batch=micro, loss_chunk=chunk,
+                    group=2, **settings)
+    models = common.load_models(args, processor, args.teacher, updates=1)
+    micros = vgs.score(mine(fixed_samples(processor, rows, 8), shares), models, args)
     eta = vgs.measure_eta(micros, models, args)["eta"] if vgs.uses_eta(args) else None
     vgs.weigh(micros, args, eta=0.7)
     vgs.accumulate(micros, models, args)
+    return result(models) | {"eta": eta}
+
+
+def ptdpo_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
+    args = ptdpo.Args(student=f"{tiny}/student", dtype="float32", micro_batch=micro, loss_chunk=chunk, group=2, **settings)
+    ptdpo.check_settings(args, set())
+    models = common.load_models(args, processor, args.student, updates=1)
+    samples = fixed_samples(processor, rows, 8, "ptdpo", settings)
+    below, failed = ptdpo.route(CORRECT, 2, args.tau)
+    for s, s.failing, fails in zip(samples, below, failed):
+        s.tutored = (fails or args.tutor_all) and "tutor" in s.prompts
+    micros = ptdpo.score(mine(samples, shares), models, args)
+    for m in micros:
+        m.old = stale(m.old, m.ids) if args.updates > 1 else m.old
+    ptdpo.weigh(micros, args)
+    ptdpo.accumulate(micros, models, args)
+    return result(models) | {"tutored": common.all_sum(torch.tensor(float(sum(ptdpo.tutored_tokens(m) for m in micros)))).item()}
+
+
+def mine(samples: list, shares: list[int]) -> list:
+    first = sum(shares[: common.rank()])
+    return samples[first : first + shares[common.rank()]]
+
+
+def result(models) -> dict:
     whole = {name: common.whole(p.grad).clone() for name, p in models.student.named_parameters()}
-    return {"gradient": whole, "norm": common.grad_norm(models.student).item(), "eta": eta}
+    return {"gradient": whole, "norm": common.grad_norm(models.student).item()}
 
 
 def main() -> None:
     tiny, out, layouts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     common.start_distributed(vgs.Args())
     processor, rows = common.Processor(f"{tiny}/student"), common.Rows(f"{tiny}/rows.parquet", "train", {"problem": "problem"})
-    samples = fixed_samples(processor, rows, 8)
-    results = [gradient(tiny, samples, *layout) for layout in layouts]
+    functions = {"vgs": vgs_gradient, "ptdpo": ptdpo_gradient}
+    results = [functions[file](tiny, processor, rows, *layout, settings) for *layout, file, settings in layouts]
     if common.rank() == 0:
         torch.save(results, out)
 

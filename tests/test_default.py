@@ -36,13 +36,19 @@ def accuracy(texts, rows):
 @pytest.mark.parametrize("name, context, low, high", [
     ("teacher", "see", 0.95, 1.0), ("teacher", "hint", 0.95, 1.0), ("teacher", "solution", 0.97, 1.0),
     ("teacher", "see_first", 0.94, 1.0), ("teacher", "solution_first", 0.97, 1.0), ("teacher", "blind", 0.02, 0.35),
-    ("student", "see", 0.4, 0.6), ("text-teacher", "text", 0.95, 1.0),
+    ("student", "see", 0.4, 0.6), ("student", "ask", 0.4, 0.6), ("text-teacher", "text", 0.95, 1.0),
 ])
 def test_held_out_accuracy_in_every_context(held_out, name, context, low, high):
     texts = answers(name, context, held_out)
     assert low <= accuracy(texts, held_out) <= high
-    style = toy.CONTEXTS[context][1]
-    assert all(t.startswith("<reason>" if style == "reason" else "<description>") and "\\boxed{" in t for t in texts[:50])
+    opening = {"reason": "<reason>", "think": "<think>", "see-first": "<description>"}[toy.CONTEXTS[context][1]]
+    assert all(t.startswith(opening) and "\\boxed{" in t for t in texts[:50])
+
+
+def test_the_student_can_use_a_hint(held_out):
+    """It is its own tutor in PTD-PO: with the hint it has to know more than without."""
+    plain, hinted = (accuracy(answers("student", context, held_out), held_out) for context in ("ask", "hint"))
+    assert hinted >= plain + 0.05
 
 
 def test_the_teacher_describes_an_image_alone(held_out):

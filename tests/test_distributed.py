@@ -4,10 +4,13 @@ import pytest
 from conftest import distance, layout_gradients
 
 WHOLE = 100_000  # a chunk that holds every token
-ONE = [([8], micro, chunk, "vgs-lp", 0.3) for micro, chunk in ((8, WHOLE), (1, WHOLE), (3, WHOLE), (8, 1), (8, 7), (1, 7))]
-TWO = [(shares, micro, chunk, "vgs-lp", 0.3)
+MIXED = ("vgs", {"method": "vgs-lp", "alpha": 0.3})
+ONE = [([8], micro, chunk, *MIXED) for micro, chunk in ((8, WHOLE), (1, WHOLE), (3, WHOLE), (8, 1), (8, 7), (1, 7))]
+TWO = [(shares, micro, chunk, *MIXED)
        for shares, micro, chunk in (([4, 4], 8, WHOLE), ([5, 3], 3, 7), ([7, 1], 3, WHOLE), ([8, 0], 3, 7), ([0, 8], 8, 1))]
-OTHER = [("standard", 1.0), ("adaptive", 1.0)]  # one context instead of two; two percentiles, and eta measured on both ranks
+# one context instead of two; two percentiles, and eta measured on both ranks; a tutor for some of the tokens, ratios of whole responses
+OTHER = [("vgs", {"method": "standard"}), ("vgs", {"method": "adaptive"}), ("ptdpo", {"lambda_ptd": 0.5, "kl": 0.1}),
+         ("ptdpo", {"lambda_ptd": 0.5, "optimizer": "gspo", "updates": 2})]
 
 
 @pytest.fixture(scope="module")
@@ -33,4 +36,7 @@ def test_gradients_do_not_depend_on_the_layout(gradients, layout):
 def test_the_other_shapes_of_batch_too(gradients, other):
     one, two = gradients[str(([8], 3, 7, *other))], gradients[str(([8, 0], 3, 7, *other))]
     assert distance(two["gradient"], one["gradient"]) < 1e-6
-    assert two["eta"] == (None if other[0] == "standard" else pytest.approx(one["eta"], rel=1e-5))
+    if other[0] == "ptdpo":
+        assert two["tutored"] == one["tutored"] > 0  # |F|
+    else:
+        assert two["eta"] == (None if other[1]["method"] == "standard" else pytest.approx(one["eta"], rel=1e-5))

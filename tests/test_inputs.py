@@ -89,7 +89,7 @@ def good(tmp_path):
 
 def load(path, tiny, skip=False, answers=True, **changes):
     args = common.Args(data=path, skip_bad_rows=skip, **changes)
-    return common.load_rows(args, common.Processor(str(tiny / "student")), [vgs.with_image, vgs.without_image], answers=answers)
+    return common.load_rows(args, common.Processor(str(tiny / "student")), {"image": vgs.with_image, "text": vgs.without_image}, answers=answers)
 
 
 def bad_rows(folder, good):
@@ -143,7 +143,7 @@ def test_missing_file_column_split_and_empty_data(tmp_path, tiny, good):
     with pytest.raises(common.UserError, match="JSON"):
         load(str(tmp_path / "broken.jsonl"), tiny)
     with pytest.raises(common.UserError, match=r"--eval-data ''"):
-        common.load_rows(common.Args(eval_data=write(tmp_path, [good]), column_problem="x"), common.Processor(str(tiny / "student")), [], held_out=True)
+        common.load_rows(common.Args(eval_data=write(tmp_path, [good]), column_problem="x"), common.Processor(str(tiny / "student")), {}, held_out=True)
     with pytest.raises(common.UserError, match="files are not read"):
         load(write(tmp_path, [good], "rows.txt"), tiny)
 

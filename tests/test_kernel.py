@@ -82,11 +82,10 @@ def test_strides_offsets_and_shared_vocabularies(lib, device, dtype):
 def test_adversarial_rows(lib, device, dtype, name):
     v = 20_000
     z, y = (x[None].to(device, dtype) for x in adversarial(v)[name])
-    for kind, k in itertools.product(KINDS, (1, 100, 1024)):
-        if kind == "reverse_kl" and y.isinf().any():
-            continue
-        compare(lib, z, y, k=k, kind=kind, label=f"{kind}, k = {k}")
-        compare(lib, z, y, k=k, kind=kind, outside="renormalised", valid_vocab=v - 1, label=f"{kind}, k = {k}, cut")
+    for k in (1, 100, 1024):
+        for kind in KINDS if not y.isinf().any() else ("jsd", "forward_kl"):
+            compare(lib, z, y, k=k, kind=kind, label=f"{kind}, k = {k}")
+        compare(lib, z, y, k=k, outside="renormalised", valid_vocab=v - 1, label=f"k = {k}, cut")
         compare(lib, y, z, k=k, label=f"swapped, k = {k}")
 
 

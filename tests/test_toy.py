@@ -11,6 +11,7 @@ from conftest import ROOT
 from sklearn.datasets import load_digits
 
 import common
+import ptdpo
 import toy
 
 
@@ -20,11 +21,12 @@ def rows():
     return toy.make_rows(digits.images, digits.target, 600, seed=3)
 
 
-def test_every_solution_ends_in_its_answer_in_both_formats(rows):
+def test_every_solution_ends_in_its_answer_in_every_format(rows):
     for row in rows:
-        for style in ("reason", "see-first"):
+        for style in ("reason", "think", "see-first"):
             text = toy.respond(row, style)
             assert common.is_correct(common.extract_answer(text), row["answer"]), text
+        assert ptdpo.well_formed(toy.respond(row, "think"))
         assert text.startswith("<description>") and "</think>\n\\boxed{" in text
         assert row["images"][0].size == (3 * toy.SIDE, toy.SIDE) and row["images"][0].mode == "RGB"
 

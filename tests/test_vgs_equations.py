@@ -144,7 +144,7 @@ def test_gamma_and_lambda_zero_are_standard_exactly():
 def micro(lengths, vds=None, advantage=0.0):
     """A micro-batch without sequences, for weigh alone."""
     n = sum(lengths)
-    return vgs.Micro({}, 2, torch.zeros(n, dtype=torch.long), common.per_token(lengths, lengths), torch.zeros(n), torch.full((n,), advantage),
+    return vgs.Micro([], {}, 2, torch.zeros(n, dtype=torch.long), common.per_token(lengths, lengths), torch.zeros(n), torch.full((n,), advantage),
                      torch.zeros(n), vds=vds)
 
 

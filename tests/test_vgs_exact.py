@@ -7,21 +7,12 @@ instead of log-probabilities, one autograd call. It shares the fixed rollouts wi
 import pytest
 import torch
 from conftest import distance, layout_gradients
+from exact import read
 from gradients import fixed_samples
 
 import common
 
 GAMMA, LAMBDA, ETA = 2.0, 0.5, 0.7  # as in gradients.py
-
-
-def read(lm, prompt, ids, image_id, vocab):
-    """Next-token probabilities [T, V] for the tokens ids after the prompt."""
-    tokens = torch.tensor([prompt.ids + ids])
-    inputs = {"input_ids": tokens, "mm_token_type_ids": (tokens == image_id).int()}
-    if prompt.pixels is not None:
-        inputs |= {"pixel_values": prompt.pixels.double(), "image_grid_thw": prompt.grid}
-    start = len(prompt.ids) - 1
-    return lm(**inputs).logits[0, start : start + len(ids), :vocab].softmax(-1)
 
 
 def kl(a, b):
@@ -76,7 +67,7 @@ METHODS = [("standard", 1.0), ("vgs", 1.0), ("vgs-lp", 1.0), ("adaptive", 1.0), 
 
 @pytest.fixture(scope="module")
 def gradients(tiny, tmp_path_factory):
-    layouts = [([8], 3, 7, *method) for method in METHODS]
+    layouts = [([8], 3, 7, "vgs", {"method": method, "alpha": alpha}) for method, alpha in METHODS]
     return dict(zip(METHODS, layout_gradients(tiny, tmp_path_factory.mktemp("exact"), layouts)))
 
 

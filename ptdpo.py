@@ -1,0 +1,484 @@
+"""Privileged Tutoring Distillation (PTD-PO): a tutor that knows a hint corrects the answers that failed.
+
+Paper: "Teaching the Way, Not the Answer: Privileged Tutoring Distillation for Multimodal Policy Optimization", arXiv:2606.07000.
+
+    python ptdpo.py                                             a laptop: small real models on real handwriting
+    torchrun --nproc-per-node 8 ptdpo.py --preset 2b --data rows-with-hints     one node: Qwen3-VL-2B-Thinking
+    python ptdpo.py --make-hints --hint-model Qwen/Qwen3-VL-8B-Thinking --data rows.parquet     writes the hint column
+
+The student answers from the question alone, G times. Two frozen copies of the initial model stand by:
+
+    p      student,  question x                         what samples, and what is trained
+    q^h    tutor,    question and hint [x; h]           the frozen initial model, which sees the image as well     Eq. 9
+    ref    frozen,   question x                         for the KL term of GRPO
+
+    rbar   the share of right answers in the group                                                                Eq. 7
+    F      the tokens of wrong answers in groups with rbar < tau                                                  Eq. 8
+    D      JSD(q~^h, p~) on the union of both Top-K sets and a tail bucket: kernels.topk_tail_divergence          Eq. 13-17
+
+    loss = -J_GRPO + lambda * sum over F of D / |F|                                                               Eq. 11, 12
+
+    J_GRPO, --optimizer    grpo     min(rho A, clip(rho) A) - beta KL(p || ref), k3 on the sampled tokens         Eq. 3
+                           dapo     a wider upper clip, no KL, mean over tokens, groups that are all right or all wrong drawn anew
+                           gspo     rho of the whole response (the mean of its tokens' log-ratios), no KL          Table 4
+
+Where this differs from the paper, or from the code released with it:
+ 1. The released JSD detaches p as the weight and not in the mixture: its gradient is zero. Here it is Eq. 42's.
+ 2. The released support is the student's Top-K alone, with a uniform guess of the teacher's values. Here it is Eq. 14's union.
+ 3. The released tutor is given no image. Here it sees it (Eq. 9); --blind-tutor takes it away.
+ 4. The released code drops the reference KL on every answer of a failing group. Here it stays (Eq. 3); --drop-reference-kl.
+ 5. |F| counts the whole optimizer update, on all ranks. The released code averages within each micro-batch.
+ 6. GRPO averages over all tokens of the update, as the released code; Eq. 3 averages within each response first: --average response.
+ 7. r in Eq. 7 and 8 is the answer alone; the reward of the policy gradient is 0.9 answer + 0.1 format (Table 3).
+ 8. The released code adds a dual clip at 3; the paper does not have it, nor does this file. Clip 0.2 / 0.3 is the code's.
+ 9. beta of the KL estimates KL(p || ref) as in Eq. 3; the released scripts differ among themselves.
+10. lambda is 0.05 for 2B and 8B and 0.5 for 4B, as in the released scripts (the paper: "5e-2, 5e-1").
+11. The hints are not released. --make-hints is hints made by a model of yours, with our wording of the paper's three rules.
+12. The wording of the instruction and of the contexts is ours.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+from kernels import topk_tail_divergence
+
+# ====================================================================================================== settings
+HUB = dict(data="PAPOGalaxy/PAPO_ViRL39K_train", eval_data="", epochs=2, prompts=384, updates=3, group=8, top_p=0.99, max_prompt=8192,
+           max_response=4096, lr=1e-6, micro_batch=1, gradient_checkpointing=True, save_every=50)  # Table 3
+PRESETS = {
+    "toy": dict(student="toy/student", data="toy/train", eval_data="toy/test", prompts=32, group=8, max_steps=40, lambda_ptd=0.5, lr=1e-3,
+                warmup=3, schedule="linear", dtype="float32", micro_batch=64, rollout_batch=256, eval_every=10, eval_rows=400),
+    "2b": dict(student="Qwen/Qwen3-VL-2B-Thinking", **HUB),
+    "4b": dict(student="Qwen/Qwen3-VL-4B-Thinking", lambda_ptd=0.5, **HUB),
+    "8b": dict(student="Qwen/Qwen3-VL-8B-Thinking", **HUB | dict(max_prompt=4096)),
+    "ablation": dict(student="Qwen/Qwen3-VL-4B-Thinking", lambda_ptd=0.5, **HUB | dict(group=5, max_response=2048)),
+}
+OPTIMIZERS = {  # what each of them sets, where no flag does
+    "grpo": dict(clip_low=0.2, clip_high=0.3, kl=1e-2, average="token"),
+    "dapo": dict(clip_low=0.2, clip_high=0.28, kl=0.0, average="token"),
+    "gspo": dict(clip_low=3e-4, clip_high=4e-4, kl=0.0, average="response"),
+}
+
+
+@dataclass
+class Args(common.Args):
+    optimizer: Literal["grpo", "dapo", "gspo"] = "grpo"  # policy gradient, see the top of ptdpo.py
+    lambda_ptd: float = 0.05  # lambda: weight of the tutoring loss (Eq. 12); 0 = the policy gradient alone
+    tau: float = 1.0  # groups whose share of right answers is below this are tutored (Eq. 8); the paper also tries 0.2 and 0.4
+    tutor_all: bool = False  # tutor every answer, not only the wrong ones of such groups (the paper's "all trajectories")
+    tutor_context: Literal["hint", "question", "answer", "solution"] = "hint"  # what the tutor knows; solution: and the answer
+    divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"  # forward: KL(tutor || student), reverse: KL(student || tutor)
+    support: int = 100  # K: tokens of each Top-K set (Eq. 14)
+    average: Literal["token", "response"] | None = None  # the policy gradient's mean: over tokens, or within each response first
+    clip_low: float | None = None  # the probability ratio is clipped below 1 - clip_low
+    clip_high: float | None = None  # and above 1 + clip_high
+    kl: float | None = None  # beta: weight of KL(student || frozen initial model) (Eq. 3)
+    draws: int = 4  # dapo draws questions at most so often to fill a batch with groups that are neither all right nor all wrong
+    blind_tutor: bool = False  # the released code's tutor: the image left out
+    drop_reference_kl: bool = False  # the released code's habit: no KL on the answers of groups below tau
+    column_hint: str = "hint"  # name of the column with the hint
+    column_solution: str = "solution"  # name of the column with the worked solution, for --tutor-context solution
+    make_hints: bool = False  # no training: write --data with a hint column to --output (runs/hints); goes on where it stopped
+    hint_model: str = ""  # checkpoint that writes the hints
+    hint_endpoint: str = ""  # or the URL of an OpenAI-compatible endpoint (.../v1; key in OPENAI_API_KEY) that serves --hint-model
+    hint_attempts: int = 3  # times a hint is written anew after the check rejected it
+
+
+def uses_tutor(args: Args) -> bool:
+    return args.lambda_ptd > 0
+
+
+# ====================================================================================================== contexts
+INSTRUCTION = "Think inside <think></think>. Then put the final answer in \\boxed{}."
+
+
+def ask(row: dict, knowledge: str = "", blind: bool = False) -> common.Context:
+    images = [] if blind else row["images"]
+    return common.Context([common.user_message(f"{row['problem']}{knowledge}\n\n{INSTRUCTION}", len(images))], images)
+
+
+def question(row: dict) -> common.Context:
+    """x: what the student samples under and is trained in."""
+    return ask(row)
+
+
+def tutored(row: dict, knows: str, blind: bool = False) -> common.Context | None:
+    """[x; h]: the question with what the tutor knows behind it; None where the row does not have it."""
+    needed = {"question": (), "hint": ("hint",), "answer": ("answer",), "solution": ("solution", "answer")}[knows]
+    if not all(str(row.get(key) or "").strip() for key in needed):
+        return None
+    knowledge = {"question": "", "hint": "\n\nHint: {hint}", "answer": "\n\nThe answer is {answer}.",
+                 "solution": "\n\nReference solution: {solution}\nThe answer is {answer}."}[knows]
+    return ask(row, knowledge.format(**{key: str(row[key]).strip() for key in needed}), blind)
+
+
+def contexts(args: Args) -> dict:
+    """The contexts that this run reads responses in, by name; the first is the one they are sampled under."""
+    views = {"question": question}
+    return views | ({"tutor": lambda row: tutored(row, args.tutor_context, args.blind_tutor)} if uses_tutor(args) else {})
+
+
+# ====================================================================================================== losses
+FORMAT = re.compile(r"\s*(<think>)?(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\\boxed\s*\{.*\}(?:(?!</?think>).)*", re.DOTALL)
+
+
+def well_formed(text: str) -> bool:
+    """One thought, then a boxed answer. Thinking templates open <think> themselves, so it may be missing.
+
+    "<think>2 + 2</think> \\boxed{4}" -> True   "2 + 2</think> \\boxed{4}" -> True   "\\boxed{4}" -> False
+    """
+    return FORMAT.fullmatch(text) is not None
+
+
+def route(correct: list[bool], group: int, tau: float) -> tuple[list[bool], list[bool]]:
+    """Eq. 7, 8: which responses are in a group below tau, and which of those failed. `group` consecutive responses a question.
+
+    group 2, tau 1, correct = [1, 1, 0, 1, 0, 0]  ->  [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1]     tau 0.5: the last group alone
+    """
+    means = [sum(correct[i : i + group]) / group for i in range(0, len(correct), group)]
+    below = [mean < tau for mean in means for _ in range(group)]
+    return below, [b and not right for b, right in zip(below, correct)]
+
+
+def chosen_log_prob(z: Tensor, ids: Tensor) -> tuple[Tensor]:
+    """log p of the tokens ids [n] under logits [n, V]."""
+    return (common.gather(z.log_softmax(-1), ids),)
+
+
+def sequence_old(now: Tensor, old: Tensor, length: Tensor, response: Tensor) -> Tensor:
+    """Old log-probs [n] that give every token its response's ratio s = exp(mean of log p - log p_old), and the token's gradient.
+
+    GSPO: the ratio of a token is s p / sg(p) = exp(log p - (sg(log p) - log s)). response [n] numbers the responses from 0.
+    """
+    log_s = torch.zeros_like(now).index_add_(0, response, (now - old) / length)  # entry i: response i (there are at most n)
+    return now - log_s[response]
+
+
+def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
+    """TERMS per token, [n] each. z [n, V] student; [y [m, V] tutor, of the first m <= n tokens]; ids, old, reference, advantage [n]."""
+    *tutor, ids, old, reference, advantage = tensors
+    log_p = z.log_softmax(-1)
+    chosen, zero = common.gather(log_p, ids), torch.zeros_like(advantage)
+    old = torch.where(old.isnan(), chosen.detach(), old)
+    ratio = (chosen.detach() - old).exp()
+    clipped = torch.where(advantage > 0, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low) & (advantage != 0)
+    surrogate = common.clipped_surrogate(chosen, old, advantage, args.clip_low, args.clip_high)  # Eq. 3
+    drift = common.k3(chosen, reference) if args.kl else zero
+    tutoring = student_tail = tutor_tail = gap = zero
+    if tutor:
+        m = len(tutor[0])
+        value, metrics = topk_tail_divergence(z[:m], tutor[0], args.support, args.divergence, return_metrics=True)  # Eq. 13-17
+        fill = (0, len(z) - m)
+        tutoring, student_tail, tutor_tail, gap = (F.pad(x, fill) for x in (
+            value, metrics["student_tail"], metrics["teacher_tail"], metrics["gap_bound"]))  # fmt: skip
+    return surrogate, drift, tutoring, student_tail, tutor_tail, gap, clipped.to(z.dtype), chosen, common.entropy(log_p.detach())
+
+
+TERMS = ("surrogate", "kl", "ptd", "student_tail", "tutor_tail", "gap", "clipped", "log_p", "entropy")  # the first three carry weight
+
+
+# ====================================================================================================== rollout
+@dataclass
+class Sample(common.Sample):
+    failing: bool = False  # in a group below tau
+    tutored: bool = False  # its tokens are in F
+
+
+def rollout(draw, models: common.Models, args: Args) -> list[Sample]:
+    """The student answers this rank's questions (draw() gives the next ones) from the question alone; failures are routed."""
+    wanted, samples, spare = args.prompts // common.world_size() * args.group, [], []
+    for _ in range(args.draws if args.optimizer == "dapo" else 1):
+        new = common.sample_responses(models.engine, draw(), contexts(args), args, Sample)
+        common.reward_answers(new, args.group, well_formed, 0.1)
+        below, failed = route([s.correct for s in new], args.group, args.tau)
+        for s, s.failing, fails in zip(new, below, failed):
+            s.tutored = (fails or args.tutor_all) and "tutor" in s.prompts
+        for group in common.split(new, len(new) // args.group):
+            informative = 0 < sum(s.correct for s in group) < args.group
+            (samples if informative or args.optimizer != "dapo" else spare).extend(group)
+        if min(common.all_gather_object(len(samples))) >= wanted:  # every rank draws equally often
+            break
+    return (samples + spare)[:wanted]
+
+
+# ====================================================================================================== score
+@dataclass
+class Micro(common.Micro):
+    response: Tensor | None = None  # [n] number of the response within the micro-batch
+    reference: Tensor | None = None  # [n] the frozen model's log-prob of the token, in the student's context
+    failing: Tensor | None = None  # [n] whether the token's group is below tau
+
+
+def score(samples: list[Sample], models: common.Models, args: Args) -> list[Micro]:
+    """The frozen model reads every response once, and the failed ones a second time as the tutor. Hidden states, never logits."""
+    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_batch, first=lambda s: s.tutored)
+    for m in micros:
+        lengths = [len(s.response.ids) for s in m.samples]
+        m.response = common.per_token(lengths, list(range(len(lengths))), torch.long)
+        m.failing = common.per_token(lengths, [float(s.failing) for s in m.samples])
+        m.reference = torch.full_like(m.old, math.nan)
+        part = [s for s in m.samples if s.tutored]
+        with torch.no_grad():
+            if args.kl:
+                m.reference = log_probs(models.teacher(m.batch), models.head, m, models, args)
+            if uses_tutor(args):  # a rank without failures takes part all the same: the model is sharded
+                prompts = [s.prompts["tutor"] for s in part] or [models.processor.blank()]
+                m.teacher = [models.teacher(models.processor.batch(prompts, [s.response.ids for s in part] or [[]]))]  # [m, H]
+            if args.updates > 1:  # later updates need the policy that sampled, not their own
+                m.old = models.student(m.batch, lambda hidden, head: log_probs(hidden, head, m, models, args))
+    return micros
+
+
+def log_probs(hidden: Tensor, head: Tensor, m: Micro, models: common.Models, args: Args) -> Tensor:
+    """Log-probs [n] of the response tokens, without gradient."""
+    return common.vocab_terms(chosen_log_prob, [(hidden, head)], [m.ids], models.vocab, args.loss_chunk)[0]
+
+
+# ====================================================================================================== weigh
+def weigh(micros: list[Micro], args: Args) -> None:
+    """One weight per token and term; tokens, responses and |F| are counted over the whole update and all ranks."""
+    counts = torch.stack([torch.stack([torch.ones_like(m.length).sum(), (1 / m.length).sum(), m.length.new_tensor(tutored_tokens(m))])
+                          for m in micros]).sum(0)
+    tokens, responses, failed = common.all_sum(counts)  # T tokens of 1 / T: each response counts 1
+    for m in micros:
+        mean = 1 / tokens.expand(len(m.ids)) if args.average == "token" else 1 / (m.length * responses.round())  # [n]
+        m.weights = torch.zeros(len(TERMS), len(m.ids), device=mean.device)
+        m.weights[0] = -mean  # Eq. 12 minimises what Eq. 3 maximises
+        m.weights[1] = args.kl * mean * (1 - m.failing if args.drop_reference_kl else 1)
+        m.weights[2, : tutored_tokens(m)] = args.lambda_ptd / failed.clamp(min=1)  # Eq. 11; 0 / 0 is 0
+
+
+def tutored_tokens(m: Micro) -> int:
+    """How many tokens of the micro-batch are in F: its first ones."""
+    return sum(len(s.response.ids) for s in m.samples if s.tutored)
+
+
+# ====================================================================================================== update
+def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
+    """student.grad += gradient of the sum over micro-batches, terms and tokens of weight * term. One forward pass each."""
+    for m in micros:
+
+        def loss_fn(hidden, head):
+            old = m.old
+            if args.optimizer == "gspo" and args.updates > 1:  # a response's ratio needs all its tokens before any gradient
+                old = sequence_old(log_probs(hidden, head, m, models, args), old, m.length, m.response)
+            return common.vocab_loss(lambda *tensors: terms(*tensors, args=args), m.weights, [hidden], head, [(h, models.head) for h in m.teacher],
+                                     [m.ids, old, m.reference, m.advantage], models.vocab, args.loss_chunk)
+
+        loss, m.terms = models.student(m.batch, loss_fn)
+        (loss * common.world_size()).backward()  # FSDP2 averages over ranks; the weights already hold the divisor
+
+
+def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
+    """One optimizer step, and what it is worth knowing about it."""
+    accumulate(micros, models, args)
+    norm = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
+    return {"grad_norm": norm, "lr": models.schedule.get_last_lr()[0]} | statistics(micros, args)
+
+
+def statistics(micros: list[Micro], args: Args) -> dict:
+    """Means over one update's tokens on all ranks; those of the tutor over F."""
+    named = dict(zip(TERMS, torch.cat([m.terms for m in micros], dim=-1)))  # [N] each
+    length, sampled = torch.cat([m.length for m in micros]), torch.cat([m.sampled for m in micros])
+    gap = (named["log_p"] - sampled).abs()
+    everywhere = {"entropy": named["entropy"], "clipped": named["clipped"], "sampler_gap": gap} | ({"kl": named["kl"]} if args.kl else {})
+    in_f = {"ptd": "ptd", "student_tail": "student_tail", "tutor_tail": "tutor_tail", "ptd_gap_bound": "gap"} if uses_tutor(args) else {}
+    failed = length.new_tensor(sum(tutored_tokens(m) for m in micros))
+    sums = [torch.ones_like(length).sum(), (1 / length).sum(), failed, *(x.sum() for x in everywhere.values()), *(named[key].sum() for key in in_f.values())]
+    tokens, responses, failed, *rest = common.all_sum(torch.stack(sums)).tolist()
+    log = {"response_length": tokens / responses} | {key: x / tokens for key, x in zip(everywhere, rest)}
+    tutoring = {key: x / max(failed, 1) for key, x in zip(in_f, rest[len(everywhere) :])}
+    return log | ({"tutored_tokens": failed / tokens} | tutoring if in_f else {})
+
+
+def group_statistics(samples: list[Sample], args: Args) -> dict:
+    """Figure 2: the shares of groups that are all wrong, informative and all right; and of responses without a hint."""
+    right = [sum(s.correct for s in group) for group in common.split(samples, len(samples) // args.group)]
+    values = {"all_fail": [m == 0 for m in right], "informative": [0 < m < args.group for m in right], "all_pass": [m == args.group for m in right],
+              "correct": [s.correct for s in samples], "well_formed": [well_formed(s.response.text) for s in samples]}
+    if uses_tutor(args):
+        values["without_" + args.tutor_context] = ["tutor" not in s.prompts for s in samples]
+    return common.mean_over_ranks(values)
+
+
+# ====================================================================================================== hints (--make-hints)
+RULES = """You write a hint for a student who sees the image and the question, and does not know the answer. You know it.
+Two lines, in this form, 20 to 120 words in all, as short commands:
+Look: where in the image the evidence is, what belongs together, and what there is a distraction to be ignored.
+Think: the steps from that evidence to the answer, in order, and the trap in them.
+Be right: following the hint leads to the given answer. Give nothing away: not the answer, not its letter or its name, no number that has to
+be read off or worked out. Do not solve the question."""
+HINT = re.compile(r"\s*Look:\s*(?P<look>.+?)\s*Think:\s*(?P<think>.+)", re.DOTALL)
+
+
+def hint_prompt(row: dict, fault: str | None) -> common.Context:
+    """(I, q, a*): what the writer of a hint is shown; fault: why its last hint for this row was rejected."""
+    again = f"\n\nYour last hint was rejected: {FAULTS[fault]}." if fault else ""
+    text = f"{row['problem']}\n\nThe answer, for you alone: {row['answer']}{again}"
+    return common.Context([{"role": "system", "content": RULES}, common.user_message(text, len(row["images"]))], row["images"])
+
+
+FAULTS = {
+    "form": "it has to be a line 'Look: ...' and a line 'Think: ...'",
+    "evidence": "the 'Look' part has to name the visual evidence",
+    "solution": "it was a whole solution",
+    "answer": "it contained the answer",
+    "option": "it named the right option",
+    "number": "it contained a number that has to be read off or worked out",
+}
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.casefold())
+
+
+def occurs(part: list[str], whole: list[str]) -> bool:
+    return bool(part) and any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
+
+
+def hint_fault(hint: str, row: dict) -> str | None:
+    """The first of FAULTS that a hint has, or None. The question's own words and numbers are no spoilers.
+
+    answer 47: "Think: 47 remain" -> answer;   solution "40 + 7 = 47": "Think: add 7" -> number;   answer B: "Look at (B)" -> option
+    """
+    match, said, asked = HINT.fullmatch(hint), words(hint), words(row["problem"])
+    if not match:
+        return "form"
+    if len(words(match["look"])) < 4:
+        return "evidence"
+    solution, answer = words(str(row.get("solution") or "")), str(row["answer"]).strip()
+    copied = any(occurs(solution[i : i + 8], said) and not occurs(solution[i : i + 8], asked) for i in range(len(solution) - 7))
+    if len(said) > 200 or "\\boxed" in hint or copied:
+        return "solution"
+    if option := re.fullmatch(r"\(?([A-Z])[).]?", answer):
+        named = re.search(rf"(?i:\b(?:option|choice|answer)(?:\s+is)?)\s+\(?{option[1]}\b|\({option[1]}\)|\b{option[1]}[).]", hint)
+        content = re.search(rf"\(?\b{option[1]}[).:]\s*(.+?)\s*(?=\(?\b[A-Z][).:]|$)", row["problem"], re.DOTALL)
+        if named or content and occurs(words(content[1]), said):
+            return "option"
+    elif occurs(words(answer), said):
+        return "answer"
+    numbers = {x for x in said if x[0].isdigit()} - set(asked)
+    if numbers & set(solution) or any(len(x) > 1 for x in numbers):  # without a solution at hand: single digits count steps
+        return "number"
+    return None
+
+
+def make_hints(args: Args) -> None:
+    """Writes a hint for every row, checks it, asks again where it is rejected; rows that never get one keep an empty hint."""
+    from tqdm import tqdm
+
+    rows = common.Rows(args.data, args.data_split, {"problem": args.column_problem, "images": args.column_images, "answer": args.column_answer})
+    rows.check(args.skip_bad_rows, 1, answers=True)
+    store = common.Records(args.output or "runs/hints", {"data": args.data, "hint_model": args.hint_model})
+    write = common.writer(args.hint_model, args.hint_endpoint, args)
+    pending = [i for i in range(common.rank(), len(rows), common.world_size()) if rows.kept[i] not in store.done]
+    common.say(f"hints for {len(rows)} rows, {len(store.done)} of them written before; to {store.folder}")
+    for start in tqdm(range(0, len(pending), args.rollout_batch), "hints", unit="batch", disable=common.rank() != 0):
+        batch = [rows[i] for i in pending[start : start + args.rollout_batch]]
+        records = [{"row": row["index"], "hint": "", "faults": []} for row in batch]
+        for _ in range(1 + args.hint_attempts):
+            todo = [i for i, record in enumerate(records) if not record["hint"]]
+            texts = write([hint_prompt(batch[i], records[i]["faults"][-1] if records[i]["faults"] else None) for i in todo], 0.7)
+            for i, text in zip(todo, texts):
+                hint = text.rpartition("</think>")[2].strip()
+                fault = hint_fault(hint, batch[i])
+                records[i] |= {"faults": [*records[i]["faults"], fault]} if fault else {"hint": hint}
+        store.add(records)
+    done = store.all()
+    if common.rank() == 0:
+        hints = {record["row"]: record["hint"] for record in done}
+        data = rows.data.select(rows.kept)
+        column = [hints[k] for k in rows.kept]
+        data = data.remove_columns([args.column_hint] if args.column_hint in data.column_names else []).add_column(args.column_hint, column)
+        data.to_parquet(store.folder / "rows.parquet")
+        kept, regenerated = (sum(bool(r["hint"]) and bool(r["faults"]) == again for r in done) for again in (False, True))
+        rejected = {name: sum(r["faults"].count(name) for r in done) for name in FAULTS}
+        print(f"{kept} kept at once, {regenerated} after writing anew, {len(done) - kept - regenerated} dropped (empty hint); rejections: "
+              + ", ".join(f"{name} {count}" for name, count in rejected.items()) + f"\nwritten to {store.folder / 'rows.parquet'}")
+
+
+# ====================================================================================================== main
+def check_settings(args: Args, given: set[str]) -> None:
+    """Fill in what the optimizer decides; stop at contradictions, and at flags that this run would ignore."""
+    for name, value in OPTIMIZERS[args.optimizer].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.group < 2:
+        raise common.UserError("GRPO compares the responses to one question with each other: set --group to at least 2")
+    if min(args.lambda_ptd, args.kl, args.clip_low, args.clip_high) < 0 or args.clip_low >= 1:
+        raise common.UserError("--lambda-ptd, --kl, --clip-low and --clip-high must not be negative, and --clip-low must be below 1")
+    if not 0 < args.tau <= 1:
+        raise common.UserError(f"--tau is {args.tau}; it must lie in (0, 1]: 1 tutors every failed answer")
+    if not 1 <= args.support <= 1024 or args.draws < 1:
+        raise common.UserError("--support must lie in [1, 1024], and --draws must be at least 1")
+    if args.average != OPTIMIZERS[args.optimizer]["average"] and args.optimizer != "grpo":
+        raise common.UserError(f"--average {args.average} contradicts --optimizer {args.optimizer}, whose mean is over {OPTIMIZERS[args.optimizer]['average']}s")
+    if args.make_hints and not args.hint_model:
+        raise common.UserError("--make-hints needs a model that writes them: --hint-model, and --hint-endpoint where another process serves it")
+    ignored = {"teacher": "the tutor is the frozen initial student"}
+    if not args.make_hints:
+        ignored |= dict.fromkeys(("hint_model", "hint_endpoint", "hint_attempts"), "only --make-hints writes hints")
+    if args.optimizer != "dapo":
+        ignored["draws"] = f"--optimizer {args.optimizer} draws once"
+    if not uses_tutor(args):
+        ignored |= dict.fromkeys(("tau", "tutor_all", "tutor_context", "divergence", "support", "blind_tutor", "column_hint", "column_solution"),
+                                 "--lambda-ptd is 0")
+    elif args.tutor_context != "hint":
+        ignored["column_hint"] = f"--tutor-context {args.tutor_context} shows no hint"
+    if args.tutor_context != "solution":
+        ignored["column_solution"] = "only --tutor-context solution shows it"
+    if not args.kl:
+        ignored["drop_reference_kl"] = "--kl is 0"
+    if args.tutor_all:
+        ignored["tau"] = "--tutor-all tutors every answer"
+    common.refuse_ignored(args, given, ignored)
+
+
+def main() -> None:
+    args, given = common.parse_args(Args, PRESETS)
+    check_settings(args, given)
+    common.start_distributed(args)
+    if args.make_hints:
+        return make_hints(args)
+    run = common.Run("ptdpo", args)
+    processor = common.Processor(args.student)
+    extra = {"hint": {"hint": args.column_hint}, "solution": {"solution": args.column_solution}}.get(args.tutor_context, {}) if uses_tutor(args) else {}
+    held_out = common.load_rows(args, processor, {"question": question}, held_out=True)
+    train = common.load_rows(args, processor, contexts(args), columns=extra)
+    steps = common.count_steps(args, train)
+    models = common.load_models(args, processor, args.student if uses_tutor(args) or args.kl else None, steps * args.updates)
+    if args.support > models.vocab:
+        raise common.UserError(f"--support {args.support} is more than the {models.vocab} tokens of the vocabulary")
+
+    run.begin(f"{args.optimizer} (clip {args.clip_low}/{args.clip_high}, kl {args.kl}, mean over {args.average}s), lambda {args.lambda_ptd}, {steps} steps of "
+              f"{args.prompts} questions x {args.group} responses in {args.updates} updates, "
+              f"{args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
+    order = common.data_order(len(train), args.prompts, args.seed)
+    with common.Progress(run, steps) as progress:
+        progress.evaluate(models.engine, held_out, question, args)
+        for step in progress:
+            samples = rollout(lambda: [train[i] for i in common.my_share(next(order))], models, args)
+            progress.samples(samples, args, rewarded=True)
+            progress.log(group_statistics(samples, args))
+            progress.phase("rollout")
+            parts = [score(part, models, args) for part in common.split(samples, args.updates)]
+            progress.phase("score")
+            for micros in parts:
+                weigh(micros, args)
+                progress.log(update(micros, models, args))
+            progress.phase("update")
+            models.engine.sync(models.student.named_parameters())
+            progress.phase("sync")
+            progress.evaluate(models.engine, held_out, question, args)
+            progress.save(models, args)
+
+
+if __name__ == "__main__":
+    common.launch(main)
