@@ -903,6 +903,11 @@ def gather(log_p: Tensor, ids: Tensor) -> Tensor:
     return log_p.gather(-1, ids[:, None]).squeeze(-1)
 
 
+def response_log_probs(hidden: Tensor, head: Tensor, ids: Tensor, vocab: int, chunk: int) -> Tensor:
+    """Log-probs [N] of the tokens ids [N] under hidden states [N, H] and an output matrix [V, H], without gradient."""
+    return vocab_terms(lambda z, ids: (gather(z.log_softmax(-1), ids),), [(hidden, head)], [ids], vocab, chunk)[0]
+
+
 def widen(x: Tensor) -> Tensor:
     """To float32, from anything narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -1297,6 +1302,11 @@ class Progress:
         self.log(mean_over_ranks(values))
         self.run.samples(self.step, samples[: args.log_samples])
 
+    def note(self, text: str) -> None:
+        """A line above the bar, for what the user should know of this step."""
+        if rank() == 0:
+            self.bar.write(f"step {self.step}: {text}")
+
     def phase(self, name: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -1315,7 +1325,7 @@ class Progress:
         if self.step == 0:
             self.run.metrics(0, result)
         if self.step == 0 or last:
-            self.bar.write(f"step {self.step}: " + ", ".join(f"held-out {key} {value:.1%}" for key, value in result.items())) if rank() == 0 else None
+            self.note(", ".join(f"held-out {key} {value:.1%}" for key, value in result.items()))
 
     def __exit__(self, kind, error, trace):
         self.bar.close()

@@ -53,8 +53,8 @@ from kernels import topk_tail_divergence
 HUB = dict(data="PAPOGalaxy/PAPO_ViRL39K_train", eval_data="", epochs=2, prompts=384, updates=3, group=8, top_p=0.99, max_prompt=8192,
            max_response=4096, lr=1e-6, micro_batch=1, gradient_checkpointing=True, save_every=50)  # Table 3
 PRESETS = {
-    "toy": dict(student="toy/student", data="toy/train", eval_data="toy/test", prompts=32, group=8, max_steps=40, lambda_ptd=0.5, lr=1e-3,
-                warmup=3, schedule="linear", dtype="float32", micro_batch=64, rollout_batch=256, eval_every=10, eval_rows=400),
+    "toy": dict(student="toy/student", data="toy/train", eval_data="toy/test", prompts=32, group=8, max_steps=100, lambda_ptd=0.5, lr=1e-3,
+                warmup=5, schedule="linear", dtype="float32", micro_batch=64, rollout_batch=256, eval_every=25, eval_rows=400),
     "2b": dict(student="Qwen/Qwen3-VL-2B-Thinking", **HUB),
     "4b": dict(student="Qwen/Qwen3-VL-4B-Thinking", lambda_ptd=0.5, **HUB),
     "8b": dict(student="Qwen/Qwen3-VL-8B-Thinking", **HUB | dict(max_prompt=4096)),
@@ -147,11 +147,6 @@ def route(correct: list[bool], group: int, tau: float) -> tuple[list[bool], list
     return below, [b and not right for b, right in zip(below, correct)]
 
 
-def chosen_log_prob(z: Tensor, ids: Tensor) -> tuple[Tensor]:
-    """log p of the tokens ids [n] under logits [n, V]."""
-    return (common.gather(z.log_softmax(-1), ids),)
-
-
 def sequence_old(now: Tensor, old: Tensor, length: Tensor, response: Tensor) -> Tensor:
     """Old log-probs [n] that give every token its response's ratio s = exp(mean of log p - log p_old), and the token's gradient.
 
@@ -198,7 +193,8 @@ def rollout(draw, models: common.Models, args: Args) -> list[Sample]:
         new = common.sample_responses(models.engine, draw(), contexts(args), args, Sample)
         common.reward_answers(new, args.group, well_formed, 0.1)
         below, failed = route([s.correct for s in new], args.group, args.tau)
-        for s, s.failing, fails in zip(new, below, failed):
+        for s, in_failing_group, fails in zip(new, below, failed):
+            s.failing = in_failing_group
             s.tutored = (fails or args.tutor_all) and "tutor" in s.prompts
         for group in common.split(new, len(new) // args.group):
             informative = 0 < sum(s.correct for s in group) < args.group
@@ -220,6 +216,10 @@ def score(samples: list[Sample], models: common.Models, args: Args) -> list[Micr
     """The frozen model reads every response once, and the failed ones a second time as the tutor. Hidden states, never logits."""
     micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_batch, first=lambda s: s.tutored)
     for m in micros:
+
+        def log_probs(hidden, head):
+            return common.response_log_probs(hidden, head, m.ids, models.vocab, args.loss_chunk)
+
         lengths = [len(s.response.ids) for s in m.samples]
         m.response = common.per_token(lengths, list(range(len(lengths))), torch.long)
         m.failing = common.per_token(lengths, [float(s.failing) for s in m.samples])
@@ -227,18 +227,13 @@ def score(samples: list[Sample], models: common.Models, args: Args) -> list[Micr
         part = [s for s in m.samples if s.tutored]
         with torch.no_grad():
             if args.kl:
-                m.reference = log_probs(models.teacher(m.batch), models.head, m, models, args)
+                m.reference = log_probs(models.teacher(m.batch), models.head)
             if uses_tutor(args):  # a rank without failures takes part all the same: the model is sharded
                 prompts = [s.prompts["tutor"] for s in part] or [models.processor.blank()]
                 m.teacher = [models.teacher(models.processor.batch(prompts, [s.response.ids for s in part] or [[]]))]  # [m, H]
             if args.updates > 1:  # later updates need the policy that sampled, not their own
-                m.old = models.student(m.batch, lambda hidden, head: log_probs(hidden, head, m, models, args))
+                m.old = models.student(m.batch, log_probs)
     return micros
-
-
-def log_probs(hidden: Tensor, head: Tensor, m: Micro, models: common.Models, args: Args) -> Tensor:
-    """Log-probs [n] of the response tokens, without gradient."""
-    return common.vocab_terms(chosen_log_prob, [(hidden, head)], [m.ids], models.vocab, args.loss_chunk)[0]
 
 
 # ====================================================================================================== weigh
@@ -268,7 +263,8 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
         def loss_fn(hidden, head):
             old = m.old
             if args.optimizer == "gspo" and args.updates > 1:  # a response's ratio needs all its tokens before any gradient
-                old = sequence_old(log_probs(hidden, head, m, models, args), old, m.length, m.response)
+                now = common.response_log_probs(hidden, head, m.ids, models.vocab, args.loss_chunk)
+                old = sequence_old(now, old, m.length, m.response)
             return common.vocab_loss(lambda *tensors: terms(*tensors, args=args), m.weights, [hidden], head, [(h, models.head) for h in m.teacher],
                                      [m.ids, old, m.reference, m.advantage], models.vocab, args.loss_chunk)
 
@@ -302,7 +298,7 @@ def group_statistics(samples: list[Sample], args: Args) -> dict:
     """Figure 2: the shares of groups that are all wrong, informative and all right; and of responses without a hint."""
     right = [sum(s.correct for s in group) for group in common.split(samples, len(samples) // args.group)]
     values = {"all_fail": [m == 0 for m in right], "informative": [0 < m < args.group for m in right], "all_pass": [m == args.group for m in right],
-              "correct": [s.correct for s in samples], "well_formed": [well_formed(s.response.text) for s in samples]}
+              "correct": [s.correct for s in samples], "with_advantage": [s.advantage != 0 for s in samples], "well_formed": [well_formed(s.response.text) for s in samples]}
     if uses_tutor(args):
         values["without_" + args.tutor_context] = ["tutor" not in s.prompts for s in samples]
     return common.mean_over_ranks(values)
@@ -466,7 +462,10 @@ def main() -> None:
         for step in progress:
             samples = rollout(lambda: [train[i] for i in common.my_share(next(order))], models, args)
             progress.samples(samples, args, rewarded=True)
-            progress.log(group_statistics(samples, args))
+            groups = group_statistics(samples, args)
+            progress.log(groups)
+            if groups["with_advantage"] == 0:
+                progress.note("in every group all rewards are equal: the policy gradient is zero" + ", only the tutor teaches" * uses_tutor(args))
             progress.phase("rollout")
             parts = [score(part, models, args) for part in common.split(samples, args.updates)]
             progress.phase("score")

@@ -139,11 +139,6 @@ def visual_dependency(yI: Tensor, yL: Tensor) -> tuple[Tensor]:
     return (common.kl(yI.log_softmax(-1), yL.log_softmax(-1)),)
 
 
-def chosen_log_prob(z: Tensor, ids: Tensor) -> tuple[Tensor]:
-    """log p of the tokens ids [n] under logits [n, V]."""
-    return (common.gather(z.log_softmax(-1), ids),)
-
-
 def steering(method: str, vds: Tensor, q40: Tensor, q70: Tensor, gamma: float, lam: float) -> Tensor:
     """Coefficients [3, N] of Std, Vis and Lang at every token, given the visual dependency scores vds [N] and their percentiles.
 
@@ -186,8 +181,8 @@ def score(samples: list[common.Sample], models: common.Models, args: Args) -> li
             if models.teacher is not None:
                 m.teacher = m.by_context(models.teacher(m.batch))  # the batch with the image, then without: [n, H] each
             if uses_rewards(args) and args.updates > 1:  # later updates need the policy that sampled, not their own
-                m.old = models.student(m.batch, lambda hidden, head: common.vocab_terms(
-                    chosen_log_prob, [(m.by_context(hidden)[0], head)], [m.ids], models.vocab, args.loss_chunk))[0]
+                m.old = models.student(m.batch, lambda hidden, head: common.response_log_probs(
+                    m.by_context(hidden)[0], head, m.ids, models.vocab, args.loss_chunk))
         if uses_percentiles(args):  # needed before any update: the price is the teacher's head product a second time
             pairs = [(hidden, models.head) for hidden in m.teacher]
             m.vds = common.vocab_terms(visual_dependency, pairs, (), models.vocab, args.loss_chunk)[0]

@@ -56,8 +56,8 @@ def ptdpo_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dic
     models = common.load_models(args, processor, args.student, updates=1)
     samples = fixed_samples(processor, rows, 8, "ptdpo", settings)
     below, failed = ptdpo.route(CORRECT, 2, args.tau)
-    for s, s.failing, fails in zip(samples, below, failed):
-        s.tutored = (fails or args.tutor_all) and "tutor" in s.prompts
+    for s, in_failing_group, fails in zip(samples, below, failed):
+        s.failing, s.tutored = in_failing_group, (fails or args.tutor_all) and "tutor" in s.prompts
     micros = ptdpo.score(mine(samples, shares), models, args)
     for m in micros:
         m.old = stale(m.old, m.ids) if args.updates > 1 else m.old

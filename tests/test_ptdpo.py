@@ -152,6 +152,7 @@ def test_real_runs(tiny, tmp_path, changes):
     assert ("ptd" in last) == ("kl" not in changes)
     if not changes:  # untrained models: everything fails, nothing has an advantage, the tutor still moves the student
         assert last["all_fail"] == last["tutored_tokens"] == 1 and last["ptd"] > 0 and last["grad_norm"] > 0
+        assert "the policy gradient is zero, only the tutor teaches" in result.stdout + result.stderr
         assert 0 < last["student_tail"] < 1 and 0 < last["ptd_gap_bound"] <= math.log(2)
         two = run_script("ptdpo.py", *[x if x != str(tmp_path / "run") else str(tmp_path / "two") for x in argv], torchrun=2)
         assert two.returncode == 0, two.stderr
