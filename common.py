@@ -968,8 +968,9 @@ def vocab_loss(fn, weights: Tensor, hidden, head: Tensor, frozen=(), extras=(), 
     """sum over k, t of weights[k, t] * terms[k, t], where terms = fn(*logits, *frozen_logits, *extras): K tensors [n].
 
     hidden: the student's hidden states [N, H], one tensor a context; head [V, H] is shared by them. frozen: (hidden, head)
-    pairs of teachers, no gradient; one that covers only the first tokens gives fn fewer rows, or none. weights [K, N] must be final, divisors included: that is what allows the gradient to be
-    taken chunk by chunk, so that each head is multiplied once and no logits are kept. Returns (loss, terms [K, N] detached).
+    pairs of teachers, no gradient; a pair that covers only the first tokens gives fn fewer rows, or none. weights [K, N] must be
+    final, divisors included: that is what allows the gradient to be taken chunk by chunk, so that each head is multiplied once
+    and no logits are kept. Returns (loss, terms [K, N] detached).
     """
     return _VocabLoss.apply(fn, weights, tuple(frozen), tuple(extras), vocab, chunk, head, *hidden)
 

@@ -298,7 +298,8 @@ def group_statistics(samples: list[Sample], args: Args) -> dict:
     """Figure 2: the shares of groups that are all wrong, informative and all right; and of responses without a hint."""
     right = [sum(s.correct for s in group) for group in common.split(samples, len(samples) // args.group)]
     values = {"all_fail": [m == 0 for m in right], "informative": [0 < m < args.group for m in right], "all_pass": [m == args.group for m in right],
-              "correct": [s.correct for s in samples], "with_advantage": [s.advantage != 0 for s in samples], "well_formed": [well_formed(s.response.text) for s in samples]}
+              "correct": [s.correct for s in samples], "well_formed": [well_formed(s.response.text) for s in samples],
+              "with_advantage": [s.advantage != 0 for s in samples]}
     if uses_tutor(args):
         values["without_" + args.tutor_context] = ["tutor" not in s.prompts for s in samples]
     return common.mean_over_ranks(values)
@@ -415,7 +416,8 @@ def check_settings(args: Args, given: set[str]) -> None:
     if not 1 <= args.support <= 1024 or args.draws < 1:
         raise common.UserError("--support must lie in [1, 1024], and --draws must be at least 1")
     if args.average != OPTIMIZERS[args.optimizer]["average"] and args.optimizer != "grpo":
-        raise common.UserError(f"--average {args.average} contradicts --optimizer {args.optimizer}, whose mean is over {OPTIMIZERS[args.optimizer]['average']}s")
+        mean = OPTIMIZERS[args.optimizer]["average"]
+        raise common.UserError(f"--average {args.average} contradicts --optimizer {args.optimizer}, whose mean is over {mean}s")
     if args.make_hints and not args.hint_model:
         raise common.UserError("--make-hints needs a model that writes them: --hint-model, and --hint-endpoint where another process serves it")
     ignored = {"teacher": "the tutor is the frozen initial student"}
