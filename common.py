@@ -100,6 +100,10 @@ class Args:
     seed: int = 0  # order of the data and sampling
 
 
+TRAINING = ("data", "data_split", "max_steps", "epochs", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts", "updates",
+            "eval_every", "eval_samples", "save_every", "log_samples", "tracker")  # what a run that does not train ignores
+
+
 def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     """Command line -> settings: the dataclass's defaults, then the preset, then the flags.
 

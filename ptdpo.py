@@ -5,6 +5,7 @@ Paper: "Teaching the Way, Not the Answer: Privileged Tutoring Distillation for M
     python ptdpo.py                                             a laptop: small real models on real handwriting
     torchrun --nproc-per-node 8 ptdpo.py --preset 2b --data rows-with-hints     one node: Qwen3-VL-2B-Thinking
     python ptdpo.py --make-hints --hint-model Qwen/Qwen3-VL-8B-Thinking --data rows.parquet     writes the hint column
+    python ptdpo.py --analyze                                   what each kind of knowledge does to a tutor (Figures 3, 5)
 
 The student answers from the question alone, G times. Two frozen copies of the initial model stand by:
 
@@ -37,6 +38,7 @@ Where this differs from the paper, or from the code released with it:
 12. The wording of the instruction and of the contexts is ours.
 """
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ from kernels import topk_tail_divergence
 HUB = dict(data="PAPOGalaxy/PAPO_ViRL39K_train", eval_data="", epochs=2, prompts=384, updates=3, group=8, top_p=0.99, max_prompt=8192,
            max_response=4096, lr=1e-6, micro_batch=1, gradient_checkpointing=True, save_every=50)  # Table 3
 PRESETS = {
-    "toy": dict(student="toy/student", data="toy/train", eval_data="toy/test", prompts=32, group=8, max_steps=100, lambda_ptd=0.5, lr=1e-3,
+    "toy": dict(student="toy/student", data="toy/train", eval_data="toy/test", prompts=32, group=8, max_steps=200, lambda_ptd=0.5, lr=1e-3,
                 warmup=5, schedule="linear", dtype="float32", micro_batch=64, rollout_batch=256, eval_every=25, eval_rows=400),
     "2b": dict(student="Qwen/Qwen3-VL-2B-Thinking", **HUB),
     "4b": dict(student="Qwen/Qwen3-VL-4B-Thinking", lambda_ptd=0.5, **HUB),
@@ -85,6 +87,7 @@ class Args(common.Args):
     drop_reference_kl: bool = False  # the released code's habit: no KL on the answers of groups below tau
     column_hint: str = "hint"  # name of the column with the hint
     column_solution: str = "solution"  # name of the column with the worked solution, for --tutor-context solution
+    analyze: bool = False  # no training: what each tutor context does to the initial model on --eval-rows questions (Figures 3, 5)
     make_hints: bool = False  # no training: write --data with a hint column to --output (runs/hints); goes on where it stopped
     hint_model: str = ""  # checkpoint that writes the hints
     hint_endpoint: str = ""  # or the URL of an OpenAI-compatible endpoint (.../v1; key in OPENAI_API_KEY) that serves --hint-model
@@ -96,6 +99,7 @@ def uses_tutor(args: Args) -> bool:
 
 
 # ====================================================================================================== contexts
+KNOWLEDGE = {"question": (), "answer": ("answer",), "hint": ("hint",), "solution": ("solution", "answer")}  # what a tutor knows
 INSTRUCTION = "Think inside <think></think>. Then put the final answer in \\boxed{}."
 
 
@@ -111,7 +115,7 @@ def question(row: dict) -> common.Context:
 
 def tutored(row: dict, knows: str, blind: bool = False) -> common.Context | None:
     """[x; h]: the question with what the tutor knows behind it; None where the row does not have it."""
-    needed = {"question": (), "hint": ("hint",), "answer": ("answer",), "solution": ("solution", "answer")}[knows]
+    needed = KNOWLEDGE[knows]
     if not all(str(row.get(key) or "").strip() for key in needed):
         return None
     knowledge = {"question": "", "hint": "\n\nHint: {hint}", "answer": "\n\nThe answer is {answer}.",
@@ -305,6 +309,60 @@ def group_statistics(samples: list[Sample], args: Args) -> dict:
     return common.mean_over_ranks(values)
 
 
+# ====================================================================================================== analysis (Figures 3, 5)
+def shifts(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Logits [n, V] of each context, the question's first, and ids [n] -> the token's NLL in each, then KL(context || question)."""
+    *logits, ids = tensors
+    log_q = [z.log_softmax(-1) for z in logits]
+    return *(-common.gather(x, ids) for x in log_q), *(common.kl(x, log_q[0]) for x in log_q)
+
+
+def pass_at(n: int, right: int, group: int) -> float:
+    """The chance that n of the `group` answers, drawn without putting back, hold one of the `right` right ones."""
+    return 1 - math.comb(group - right, n) / math.comb(group, n)
+
+
+def analyze(models: common.Models, rows: common.Rows, args: Args, run: common.Run) -> None:
+    """What each tutor context does to the initial model: how it reads the student's answers (Figure 3), and its own answers (5)."""
+    views = {name: lambda row, name=name: tutored(row, name, args.blind_tutor and name != "question") for name in KNOWLEDGE}
+    mine = [rows[i] for i in range(common.rank(), len(rows), common.world_size())]
+    mine = [row for row in mine if all(view(row) for view in views.values())]
+    count = sum(common.all_gather_object(len(mine)))
+    if count == 0:
+        raise common.UserError(f"no row of {rows.name!r} has a hint, a solution and an answer")
+    run.begin(f"{len(KNOWLEDGE)} tutor contexts on {count} held-out questions x {args.group} responses ({len(rows) - count} without hint or solution)")
+    answers = {}
+    for name in KNOWLEDGE:
+        seen = views if name == "question" else {name: views[name]}  # the answers to the question alone are read in every context
+        answers[name] = common.sample_responses(models.engine, mine, seen, args)
+        common.reward_answers(answers[name], args.group)
+    sums = torch.zeros(2 * len(KNOWLEDGE) + 1, device=common.device())
+    for m in common.make_micros(Micro, answers["question"], list(KNOWLEDGE), models.processor, args.micro_batch):
+        with torch.no_grad():
+            pairs = [(hidden, models.head) for hidden in m.by_context(models.teacher(m.batch))]
+        sums[:-1] += common.vocab_terms(shifts, pairs, [m.ids], models.vocab, args.loss_chunk).sum(-1)
+        sums[-1] += len(m.ids)
+    *means, tokens = common.all_sum(sums).tolist()
+    ns = [n for n in (1, 2, 4, 8, 16, 32) if n <= args.group]
+    table, failed = [], []
+    for i, name in enumerate(KNOWLEDGE):
+        mean = common.mean_over_ranks({"length": [len(s.response.ids) for s in answers[name]]})
+        right = [sum(s.correct for s in answers[name][j : j + args.group]) for j in range(0, len(answers[name]), args.group)]
+        right = [count for part in common.all_gather_object(right) for count in part]
+        failed = failed or [count == 0 for count in right]
+        hard = [count for count, f in zip(right, failed) if f]
+        table.append({"context": name, "delta_nll": (means[i] - means[0]) / tokens, "kl": means[len(KNOWLEDGE) + i] / tokens, **mean,
+                      **{f"pass@{n}": sum(pass_at(n, count, args.group) for count in right) / len(right) for n in ns},
+                      "hard": len(hard), "hard_none": sum(c == 0 for c in hard), "hard_some": sum(0 < c < args.group for c in hard),
+                      "hard_all": sum(c == args.group for c in hard)})
+    common.say("\n" + " ".join(key.rjust(9) for key in table[0]))
+    for line in table:
+        common.say(" ".join((f"{x:.3f}" if isinstance(x, float) else str(x)).rjust(9) for x in line.values()))
+    if common.rank() == 0:
+        (run.path / "contexts.json").write_text(json.dumps(table, indent=2) + "\n")
+        print(f"hard: questions that the initial model never answers; written to {run.path / 'contexts.json'}")
+
+
 # ====================================================================================================== hints (--make-hints)
 RULES = """You write a hint for a student who sees the image and the question, and does not know the answer. You know it.
 Two lines, in this form, 20 to 120 words in all, as short commands:
@@ -436,6 +494,14 @@ def check_settings(args: Args, given: set[str]) -> None:
         ignored["drop_reference_kl"] = "--kl is 0"
     if args.tutor_all:
         ignored["tau"] = "--tutor-all tutors every answer"
+    if args.analyze and args.make_hints or args.analyze and not args.eval_data:
+        raise common.UserError("--analyze needs held-out questions (--eval-data), and goes without --make-hints")
+    if args.analyze:
+        ignored |= dict.fromkeys(("optimizer", "tutor_context", "lambda_ptd", "tau", "tutor_all", "kl"), "--analyze compares all tutor contexts")
+        ignored |= dict.fromkeys(common.TRAINING, "--analyze does not train")
+        ignored = {key: why for key, why in ignored.items() if key not in ("column_hint", "column_solution", "blind_tutor")}
+    if args.make_hints:
+        ignored |= dict.fromkeys(set(common.TRAINING) - {"data", "data_split"}, "--make-hints does not train")
     common.refuse_ignored(args, given, ignored)
 
 
@@ -447,7 +513,12 @@ def main() -> None:
         return make_hints(args)
     run = common.Run("ptdpo", args)
     processor = common.Processor(args.student)
-    extra = {"hint": {"hint": args.column_hint}, "solution": {"solution": args.column_solution}}.get(args.tutor_context, {}) if uses_tutor(args) else {}
+    columns = {"hint": args.column_hint, "solution": args.column_solution}
+    if args.analyze:
+        views = {name: lambda row, name=name: tutored(row, name) for name in KNOWLEDGE}
+        held_out = common.load_rows(args, processor, views, held_out=True, columns=columns)
+        return analyze(common.load_models(args, processor, args.student, 0), held_out, args, run)
+    extra = {name: columns[name] for name in columns if uses_tutor(args) and args.tutor_context == name}
     held_out = common.load_rows(args, processor, {"question": question}, held_out=True)
     train = common.load_rows(args, processor, contexts(args), columns=extra)
     steps = common.count_steps(args, train)

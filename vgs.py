@@ -342,9 +342,7 @@ def check_settings(args: Args, given: set[str]) -> None:
     if not uses_rewards(args):
         ignored |= dict.fromkeys(("clip_low", "clip_high"), "there is no GRPO without --alpha below 1")
     if args.analyze:
-        training = ("data", "data_split", "max_steps", "epochs", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts", "updates",
-                    "eval_every", "eval_samples", "save_every", "log_samples", "tracker", "eta", "measure_eta", "alpha", "gamma", "lambda_lp")
-        ignored |= dict.fromkeys(training, "--analyze does not train")
+        ignored |= dict.fromkeys((*common.TRAINING, "eta", "measure_eta", "alpha", "gamma", "lambda_lp"), "--analyze does not train")
     common.refuse_ignored(args, given, ignored)
 
 

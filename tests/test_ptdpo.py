@@ -177,7 +177,8 @@ def test_rows_without_hints_are_left_out_and_counted(tiny, tmp_path):
     ("at least 2", {"group": 1}), ("strange", {"optimizer": "strange"}), ("--tau is 0", {"tau": 0}), ("must not be negative", {"lambda_ptd": -1}),
     ("would have no effect", {"teacher": "x"}), ("--draws would have no effect", {"draws": 3}), ("--tau would have no effect", {"lambda_ptd": 0, "tau": 0.4}),
     ("contradicts", {"optimizer": "gspo", "average": "token"}), ("--support must lie", {"support": 2000}), ("more than the", {"support": 1000}),
-    ("context 'tutor'", {"max_prompt": 110}),
+    ("context 'tutor'", {"max_prompt": 110}), ("--lr would have no effect", {"analyze": "", "lr": 0.1, **dict.fromkeys(("max_steps", "prompts", "data", "eval_every"))}),
+    ("needs held-out questions", {"analyze": "", "eval_data": ""}),
 ])  # fmt: skip
 def test_bad_settings(tiny, tmp_path, message, changes):
     result = run_script("ptdpo.py", *flags(tiny, tmp_path / "run", **{"teacher": None, "group": 4} | changes))
@@ -269,6 +270,31 @@ def test_make_hints_with_an_endpoint_and_goes_on_where_it_stopped(tiny, tmp_path
     assert 15 <= len(seen) - before < 40 and len(records.read_text().splitlines()) == 24
     other = run_script(*argv[:5], "another", *argv[6:])
     assert other.returncode != 0 and "choose another --output" in other.stderr
+
+
+def test_figures_3_and_5_on_worked_examples():
+    assert [ptdpo.pass_at(n, 2, 4) for n in (1, 2, 3, 4)] == [0.5, 1 - 1 / 6, 1.0, 1.0] and ptdpo.pass_at(2, 0, 4) == 0
+    z, y = torch.randn(2, 3, 6, dtype=torch.float64)
+    ids = torch.tensor([5, 0, 2])
+    nll, nll_hint, kl, kl_hint = ptdpo.shifts(z, y, ids)
+    for i, token in enumerate(ids.tolist()):
+        p, q = ((x[i].exp() / x[i].exp().sum()).tolist() for x in (z, y))
+        assert nll[i].item() == pytest.approx(-math.log(p[token])) and nll_hint[i].item() == pytest.approx(-math.log(q[token]))
+        assert kl[i].item() == 0 and kl_hint[i].item() == pytest.approx(sum(b * math.log(b / a) for a, b in zip(p, q)))
+
+
+@pytest.mark.parametrize("ranks", [0, 3])  # three ranks share two questions
+def test_analyze(tiny, tmp_path, ranks):
+    output = tmp_path / "run"
+    argv = flags(tiny, output, teacher=None, group=4, eval_rows=2, **dict.fromkeys(("max_steps", "prompts", "data", "eval_every")))
+    result = run_script("ptdpo.py", *argv, "--analyze", torchrun=ranks)
+    assert result.returncode == 0, result.stderr
+    table = json.loads((output / "contexts.json").read_text())
+    assert [line["context"] for line in table] == ["question", "answer", "hint", "solution"]
+    assert table[0]["delta_nll"] == 0 and table[0]["kl"] == 0 and all(line["kl"] > 0 and line["length"] > 1 for line in table[1:])
+    for line in table:
+        assert line["hard_none"] + line["hard_some"] + line["hard_all"] == line["hard"] <= 2 and 0 <= line["pass@1"] <= line["pass@4"] <= 1
+    assert f"{len(table)} tutor contexts on 2 held-out questions" in result.stdout
 
 
 def test_make_hints_with_a_local_model(tiny, tmp_path):
