@@ -283,7 +283,7 @@ class Rows:
             elif path.suffix in kinds or path.is_absolute() and not path.exists():
                 raise UserError(f"data set {name!r} was not found: there is no such file")
             else:
-                data = datasets.load_dataset(str(path))
+                data = datasets.load_dataset(*([str(path)] if path.exists() else name.split(":")))  # a hub name, with :configuration where the data set has several
         except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as e:
             raise UserError(f"data set {name!r} was not found: it is no local file or folder, and the hub says: {e}") from None
         except StopIteration:  # what an empty file makes of the json reader
@@ -313,6 +313,8 @@ class Rows:
         """Row i. Raises OSError or ValueError if an image cannot be read."""
         raw = self.data[self.kept[i]]
         row = {ours: raw[theirs] for ours, theirs in self.columns.items() if theirs in raw} | {"index": self.kept[i]}
+        if isinstance(row["problem"], list):  # a chat: its first user turn is the question
+            row["problem"] = next((turn["content"] for turn in row["problem"] if turn["role"] == "user"), "")
         if "images" in row:
             images = row["images"] if isinstance(row["images"], list) else [row["images"]]
             row["images"] = [open_image(image, self.root) for image in images if image is not None]
@@ -342,6 +344,8 @@ class Rows:
                     return f"an image is {image.width} x {image.height} pixels, smaller than a patch ({min_side})"
             if answers and not str(row["answer"] if row["answer"] is not None else "").strip():
                 return "the answer is empty, and this run needs it for its reward or evaluation"
+            if answers and not is_correct(extract_answer(f"\\boxed{{{row['answer']}}}"), str(row["answer"])):
+                return f"the answer {str(row['answer'])[:60]!r} cannot be written inside \\boxed{{}}: no response would ever be right"
             return complaint(row) if complaint else None
 
         mine = range(rank(), len(self), world_size())
@@ -504,11 +508,11 @@ class Processor:
                 batch["image_grid_thw"] = torch.cat([p.grid for p in prompts if p.grid is not None])
         return batch
 
-    def blank(self) -> Prompt:
-        """A prompt for a rank that has no work left: with an image, so that its vision tower runs when the others' do."""
+    def blank(self, image: bool = True) -> Prompt:
+        """A prompt for a rank that has no work left: with an image where the others have some, so that its vision tower runs as theirs do."""
         from PIL import Image
 
-        images = [Image.new("RGB", (4 * self.patch, 4 * self.patch))] if self.image_id is not None else []
+        images = [Image.new("RGB", (4 * self.patch, 4 * self.patch))] if image and self.image_id is not None else []
         return self.encode(Context([user_message(" ", len(images))], images))
 
 
@@ -534,11 +538,11 @@ def check_same_inputs(student: Processor, teacher: Processor) -> None:
 
 
 def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool = False, images: bool = True, answers: bool = True,
-              columns: dict[str, str] | None = None) -> Rows | None:
+              columns: dict[str, str] | None = None, pick: int = 0) -> Rows | None:
     """The training rows, or the held-out ones (None without --eval-data), read once and checked before any model is loaded.
 
     contexts: name -> fn(row) -> Context (None: not for this row); their prompts have to fit into --max-prompt.
-    columns: what the method needs besides problem, images and answer, our name -> the data's.
+    columns: what the method needs besides problem, images and answer, our name -> the data's. pick: so many rows, 0 = all.
     """
     name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
     if not name and held_out:
@@ -555,8 +559,9 @@ def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool =
         if not held_out:
             raise
         raise UserError(f"{e.message}\nThat was --eval-data; --eval-data '' turns evaluation off") from None
-    if held_out and 0 < args.eval_rows < len(rows):  # the same random ones in every run: data sets are often sorted
-        picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: args.eval_rows]
+    pick = args.eval_rows if held_out else pick
+    if 0 < pick < len(rows):  # the same random ones in every run: data sets are often sorted
+        picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:pick]
         rows.kept = [rows.kept[i] for i in sorted(picked.tolist())]
 
     def complaint(row: dict) -> str | None:
@@ -809,10 +814,11 @@ def sample_responses(engine, rows: list[dict], contexts: dict, args: Args, kind=
 def reward_answers(samples: list[Sample], group: int, extra=None, weight: float = 0.0) -> None:
     """Check the answers; reward 1 for a right one, else 0, and the advantage of each response within its group.
 
+    A response that was cut off has not answered: it is wrong.
     extra: fn(text) -> whether the response earns a second reward, which then has this weight and the answer 1 - weight.
     """
     for sample in samples:
-        sample.correct = is_correct(extract_answer(sample.response.text), str(sample.row["answer"]))
+        sample.correct = sample.response.finished and is_correct(extract_answer(sample.response.text), str(sample.row["answer"]))
         sample.reward = (1 - weight) * sample.correct + (weight * extra(sample.response.text) if extra else 0.0)
     for sample, advantage in zip(samples, group_advantages(torch.tensor([s.reward for s in samples]), group).tolist()):
         sample.advantage = advantage
@@ -840,17 +846,17 @@ class Micro:
         return list(hidden.split(n)) if n else [hidden] * self.contexts
 
 
-def make_micros(kind, samples: list[Sample], contexts: list[str], processor: Processor, size: int, first=None) -> list:
+def make_micros(kind, samples: list[Sample], contexts: list[str], processor: Processor, size: int, first=None, images: bool = True) -> list:
     """Samples in micro-batches (`kind`: Micro or a subclass), each sequence once a context.
 
-    first: fn(sample) -> whether its tokens come before those of the other samples of its micro-batch.
+    images: whether the contexts show any. first: fn(sample) -> whether its tokens come before those of the other samples of its micro-batch.
     """
     micros = []
     for picked in micro_batches([len(s.prompts[contexts[0]].ids) + len(s.response.ids) for s in samples], size):
         part = sorted((samples[i] for i in picked), key=lambda s: not first(s)) if first else [samples[i] for i in picked]
         responses, views = [s.response.ids for s in part], [[s.prompts[name] for s in part] for name in contexts]
         if not part:  # this rank has run out of work, and the others wait for it in every layer: an empty response
-            responses, views = [[]], [[processor.blank()] for _ in contexts]
+            responses, views = [[]], [[processor.blank(images)] for _ in contexts]
         lengths = [len(r) for r in responses]
         micros.append(kind(
             samples=part,
@@ -1001,6 +1007,16 @@ def clipped_surrogate(log_p: Tensor, old_log_p: Tensor, advantages: Tensor, low:
     """min(rho A, clip(rho, 1 - low, 1 + high) A) per token, to be maximised; rho = exp(log_p - old_log_p). All [N]."""
     ratio = (log_p - old_log_p).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def sequence_old(now: Tensor, old: Tensor, divisor: Tensor | float, response: Tensor) -> Tensor:
+    """Old log-probs [n] that give every token its response's ratio s = exp(sum of (log p - log p_old) / divisor), and its own gradient.
+
+    The token's ratio is then s p / sg(p) = exp(log p - (sg(log p) - log s)). divisor: the response's length (GSPO), or 1 for the
+    ratio of the whole response. response [n] numbers the responses from 0.
+    """
+    log_s = torch.zeros_like(now).index_add_(0, response, (now - old) / divisor)  # entry i: response i (there are at most n)
+    return now - log_s[response]
 
 
 # ====================================================================================================== answers
@@ -1161,14 +1177,24 @@ class Records:
             self.path.write_bytes(whole_lines[0] + whole_lines[1])
 
     def all(self) -> list[dict]:
-        """Every rank's records, in the order of their rows."""
         all_gather_object(None)
-        texts = [path.read_text().rpartition("\n")[0] for path in sorted(self.folder.glob("records-*.jsonl"))]
-        return sorted((json.loads(line) for text in texts for line in text.splitlines()), key=lambda record: record["row"])
+        return read_records(self.folder)
 
     def add(self, records: list[dict]) -> None:
         with open(self.path, "a") as f:
             f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def read_records(folder: Path) -> list[dict]:
+    """The records of every rank, in the order of their rows. A last line without its end is a killed start's, and left out."""
+    records = []
+    for path in sorted(Path(folder).glob("records-*.jsonl")):
+        for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise UserError(f"{path}, line {number} is no whole JSON record ({e}): remove that line, and its row is made again") from None
+    return sorted(records, key=lambda record: record["row"])
 
 
 class Run:

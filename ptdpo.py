@@ -151,15 +151,6 @@ def route(correct: list[bool], group: int, tau: float) -> tuple[list[bool], list
     return below, [b and not right for b, right in zip(below, correct)]
 
 
-def sequence_old(now: Tensor, old: Tensor, length: Tensor, response: Tensor) -> Tensor:
-    """Old log-probs [n] that give every token its response's ratio s = exp(mean of log p - log p_old), and the token's gradient.
-
-    GSPO: the ratio of a token is s p / sg(p) = exp(log p - (sg(log p) - log s)). response [n] numbers the responses from 0.
-    """
-    log_s = torch.zeros_like(now).index_add_(0, response, (now - old) / length)  # entry i: response i (there are at most n)
-    return now - log_s[response]
-
-
 def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
     """TERMS per token, [n] each. z [n, V] student; [y [m, V] tutor, of the first m <= n tokens]; ids, old, reference, advantage [n]."""
     *tutor, ids, old, reference, advantage = tensors
@@ -268,7 +259,7 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
             old = m.old
             if args.optimizer == "gspo" and args.updates > 1:  # a response's ratio needs all its tokens before any gradient
                 now = common.response_log_probs(hidden, head, m.ids, models.vocab, args.loss_chunk)
-                old = sequence_old(now, old, m.length, m.response)
+                old = common.sequence_old(now, old, m.length, m.response)
             return common.vocab_loss(lambda *tensors: terms(*tensors, args=args), m.weights, [hidden], head, [(h, models.head) for h in m.teacher],
                                      [m.ids, old, m.reference, m.advantage], models.vocab, args.loss_chunk)
 

@@ -78,7 +78,7 @@ def test_gspo_ratio_of_the_response():
     s = torch.stack([log_ratio[:2].mean().exp(), log_ratio[2].exp()])
     a = torch.tensor([1.0, -2.0])
     wanted = torch.minimum(s * a, s.clamp(1 - 3e-4, 1 + 4e-4) * a).sum() / 2
-    ours = (common.clipped_surrogate(now, ptdpo.sequence_old(now.detach(), old, length, response), advantage, 3e-4, 4e-4) / (2 * length)).sum()
+    ours = (common.clipped_surrogate(now, common.sequence_old(now.detach(), old, length, response), advantage, 3e-4, 4e-4) / (2 * length)).sum()
     torch.testing.assert_close(ours, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(x, now)[0] for x in (ours, wanted)))
 
