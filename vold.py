@@ -455,14 +455,15 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError("--stage sft needs the folder of traces that --stage traces wrote: --traces runs/.../traces")
     of_traces = ("trace_data", "trace_column", "trace_rows")
     of_sft = ("sft_batch", "sft_steps", "sft_lr", "sft_warmup", "right_traces_only")
-    of_rl = ("data", "data_split", "column_text", "ignore_images", "prompts", "group", "updates", "epochs", "max_steps", "lr", "warmup", "beta", "beta_decay",
+    of_rl = ("data", "data_split", "column_text", "prompts", "group", "updates", "epochs", "max_steps", "lr", "warmup", "beta", "beta_decay",
              "beta_min", "mask", "estimator", "kl_tokens", "ratio", "clip_low", "clip_high", "measure_share")
     ignored = {"freeze_vision": "the vision tower is always frozen"}
-    for names, stages in ((of_traces, ("all", "traces")), (of_sft, ("all", "sft")), (of_rl, ("all", "rl")), (("traces",), ("sft",))):
+    for names, stages in ((of_traces, ("all", "traces")), (of_sft, ("all", "sft")), (of_rl, ("all", "rl")), (("traces",), ("sft",)),
+                          (("ignore_images",), ("all", "traces", "rl"))):
         if args.stage not in stages:
             ignored |= dict.fromkeys(names, f"--stage {args.stage} has no use for it")
     if args.stage == "traces":
-        ignored |= dict.fromkeys(set(common.TRAINING) | {"eval_data", "eval_rows", "student", "micro_batch", "gradient_checkpointing"}, "--stage traces does not train")
+        ignored |= dict.fromkeys({*common.TRAINING, "eval_data", "eval_rows", "student", "micro_batch", "gradient_checkpointing"}, "--stage traces does not train")
     if args.stage == "sft":
         ignored |= dict.fromkeys(("teacher", "temperature", "top_p", "top_k", "log_samples"), "--stage sft samples nothing and has no teacher")
     if not distils(args):

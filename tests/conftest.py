@@ -21,7 +21,7 @@ import toy  # noqa: E402
 
 
 def make_tiny(folder: Path, family: str = "qwen3_vl") -> None:
-    """Untrained student and teacher (other width, other vocabulary padding), a text-only model, and 24 rows of data, in seconds."""
+    """Untrained student and teacher (other width, other vocabulary padding), two text-only models, and 24 rows of data, in seconds."""
     import datasets
     from sklearn.datasets import load_digits
 
@@ -32,13 +32,16 @@ def make_tiny(folder: Path, family: str = "qwen3_vl") -> None:
     texts = [row["problem"] + row["text_problem"] + toy.respond(row, "reason") for row in rows]
     tokenizer = toy.make_tokenizer(texts)
     torch.manual_seed(0)
-    for name, kind, hidden, vocab in (("student", family, 64, 512), ("teacher", family, 128, 576), ("text-only", "qwen3", 64, 512)):
+    tagged = toy.make_tokenizer(texts)
+    tagged.add_tokens(["<think>", "</think>"])  # as Qwen3 has them and Qwen2.5 has not
+    kinds = {"student": (family, 64, 512), "teacher": (family, 128, 576), "text-only": ("qwen3", 64, 512), "tagged": ("qwen3", 128, 576)}
+    for name, (kind, hidden, vocab) in kinds.items():
         model = toy.make_model(kind, tokenizer, hidden, 2, 32, vocab)
         with torch.no_grad():  # sharper than an initialisation, so that the distributions differ from each other
             for parameter in model.parameters():
                 parameter.mul_(2.0) if parameter.ndim > 1 else None
         model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        (tagged if name == "tagged" else tokenizer).save_pretrained(folder / name)
         if kind != "qwen3":
             toy.image_processor(kind).save_pretrained(folder / name)
 

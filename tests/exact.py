@@ -6,7 +6,7 @@ import torch
 def read(lm, prompt, ids, image_id, vocab):
     """Next-token probabilities [T, V] for the tokens ids after the prompt."""
     tokens = torch.tensor([prompt.ids + ids])
-    inputs = {"input_ids": tokens, "mm_token_type_ids": (tokens == image_id).int()}
+    inputs = {"input_ids": tokens} | ({"mm_token_type_ids": (tokens == image_id).int()} if image_id is not None else {})
     if prompt.pixels is not None:
         inputs |= {"pixel_values": prompt.pixels.double(), "image_grid_thw": prompt.grid}
     start = len(prompt.ids) - 1

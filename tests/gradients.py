@@ -1,7 +1,7 @@
 """Worker of test_distributed.py and the test_*_exact.py: gradients of one update on eight fixed rollouts, for several layouts.
 
 python tests/gradients.py TINY OUT LAYOUTS   with LAYOUTS a JSON list of [shares, micro-batch, chunk, file, settings]: shares like
-[8, 0], how many of the rollouts each rank holds; file: vgs or ptdpo; settings: what is set in its Args.
+[8, 0], how many of the rollouts each rank holds; file: vgs, ptdpo or vold; settings: what is set in its Args.
 """
 
 import json
@@ -14,22 +14,30 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import ptdpo  # noqa: E402
 import vgs  # noqa: E402
+import vold  # noqa: E402
 
-CORRECT = [True, False, False, False, True, True, False, True]  # of ptdpo's rollouts, in groups of two
+TAGGED = "<think>\n1+1=2.</think>\n\\boxed{2}"  # a response of vold's, whose teacher has one token for <think>
+
+CORRECT = [True, False, False, False, True, True, False, True]  # of ptdpo's and vold's rollouts, in groups of two
 
 
 def fixed_samples(processor, rows, count: int, file: str = "vgs", settings: dict | None = None) -> list[common.Sample]:
     """Responses of 3 to 12 tokens, drawn once for all layouts."""
     generator = torch.Generator().manual_seed(5)
-    contexts = vgs.contexts(vgs.Args(method="vgs")) if file == "vgs" else ptdpo.contexts(ptdpo.Args(**settings or {}))
+    settings = settings or {}
+    contexts = {"vgs": lambda: vgs.contexts(vgs.Args(method="vgs")), "ptdpo": lambda: ptdpo.contexts(ptdpo.Args(**settings)),
+                "vold": lambda: vold.contexts(vold.Args(**settings))}[file]()
     samples = []
     for i in range(count):
         n = int(torch.randint(3, 13, (), generator=generator))
         ids = torch.randint(0, processor.vocab - 20, (n,), generator=generator).tolist()
         row = rows[i] | ({"hint": ""} if i == 3 else {})
+        if file == "vold" and i == 1:
+            ids = processor.tokenizer(TAGGED)["input_ids"]
+            n = len(ids)
         views = {name: view for name, context in contexts.items() if (view := context(row)) is not None}
         prompts, response = {name: processor.encode(view) for name, view in views.items()}, common.Response(ids, [-1.0] * n, True)
-        kind = common.Sample if file == "vgs" else ptdpo.Sample
+        kind = {"vgs": common.Sample, "ptdpo": ptdpo.Sample, "vold": vold.Sample}[file]
         samples.append(kind(row, prompts, response, CORRECT[i], 0.0, (-1.0) ** i))
     return samples
 
@@ -66,13 +74,32 @@ def ptdpo_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dic
     return result(models) | {"tutored": common.all_sum(torch.tensor(float(sum(ptdpo.tutored_tokens(m) for m in micros)))).item()}
 
 
+def vold_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
+    args = vold.Args(student=f"{tiny}/student", teacher=f"{tiny}/tagged", dtype="float32", freeze_vision=True, micro_batch=micro, loss_chunk=chunk, group=2,
+                     **settings)
+    teacher = common.Processor(args.teacher)
+    reader = vold.Reader(teacher, vold.tags_of(processor, teacher)) if vold.distils(args) else None
+    models = common.load_models(args, processor, args.teacher if reader else None, updates=1)
+    samples = fixed_samples(processor, rows, 8, "vold", settings)
+    for s, correct, kept in zip(samples, CORRECT, vold.distilled(CORRECT, 2, args.mask)):
+        s.correct, s.distilled = correct, kept
+        s.prompts["teacher"] = teacher.encode(vold.question(s.row, args))
+    micros = vold.score(mine(samples, shares), models, reader, args)
+    for m in micros:
+        m.old = stale(m.old, m.ids) if args.updates > 1 else m.old
+    vold.weigh(micros, args, step=3)
+    share = vold.measure_share(micros, models, args)
+    vold.accumulate(micros, models, args)
+    return result(models) | {"share": share, "log": vold.statistics(micros, args)}
+
+
 def mine(samples: list, shares: list[int]) -> list:
     first = sum(shares[: common.rank()])
     return samples[first : first + shares[common.rank()]]
 
 
 def result(models) -> dict:
-    whole = {name: common.whole(p.grad).clone() for name, p in models.student.named_parameters()}
+    whole = {name: common.whole(p.grad).clone() for name, p in models.student.named_parameters() if p.grad is not None}
     return {"gradient": whole, "norm": common.grad_norm(models.student).item()}
 
 
@@ -80,7 +107,7 @@ def main() -> None:
     tiny, out, layouts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     common.start_distributed(vgs.Args())
     processor, rows = common.Processor(f"{tiny}/student"), common.Rows(f"{tiny}/rows.parquet", "train", {"problem": "problem"})
-    functions = {"vgs": vgs_gradient, "ptdpo": ptdpo_gradient}
+    functions = {"vgs": vgs_gradient, "ptdpo": ptdpo_gradient, "vold": vold_gradient}
     results = [functions[file](tiny, processor, rows, *layout, settings) for *layout, file, settings in layouts]
     if common.rank() == 0:
         torch.save(results, out)

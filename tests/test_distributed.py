@@ -10,7 +10,8 @@ TWO = [(shares, micro, chunk, *MIXED)
        for shares, micro, chunk in (([4, 4], 8, WHOLE), ([5, 3], 3, 7), ([7, 1], 3, WHOLE), ([8, 0], 3, 7), ([0, 8], 8, 1))]
 # one context instead of two; two percentiles, and eta measured on both ranks; a tutor for some of the tokens, ratios of whole responses
 OTHER = [("vgs", {"method": "standard"}), ("vgs", {"method": "adaptive"}), ("ptdpo", {"lambda_ptd": 0.5, "kl": 0.1}),
-         ("ptdpo", {"lambda_ptd": 0.5, "optimizer": "gspo", "updates": 2})]
+         ("ptdpo", {"lambda_ptd": 0.5, "optimizer": "gspo", "updates": 2}), ("vold", {"beta": 0.5}),
+         ("vold", {"beta": 0.5, "kl_tokens": "sum", "ratio": "sequence", "updates": 2})]
 
 
 @pytest.fixture(scope="module")
@@ -38,5 +39,7 @@ def test_the_other_shapes_of_batch_too(gradients, other):
     assert distance(two["gradient"], one["gradient"]) < 1e-6
     if other[0] == "ptdpo":
         assert two["tutored"] == one["tutored"] > 0  # |F|
+    elif other[0] == "vold":
+        assert two["share"] == pytest.approx(one["share"], rel=1e-5) and two["log"] == pytest.approx(one["log"], rel=1e-5)
     else:
         assert two["eta"] == (None if other[1]["method"] == "standard" else pytest.approx(one["eta"], rel=1e-5))
