@@ -100,6 +100,7 @@ class Args:
     seed: int = 0  # order of the data and sampling
 
 
+CLIPS = dict.fromkeys(("clip_low", "clip_high"), "with --updates 1 the policy is the one that sampled, and no ratio is clipped")
 TRAINING = ("data", "data_split", "max_steps", "epochs", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts", "updates",
             "eval_every", "eval_samples", "save_every", "log_samples", "tracker")  # what a run that does not train ignores
 
@@ -266,8 +267,8 @@ def locate(name: str) -> str:
 class Rows:
     """A data set as rows {problem, images, answer, index, ...}: columns renamed, images decoded when a row is read."""
 
-    def __init__(self, name: str, split: str, columns: dict[str, str]):
-        """`columns`: our name -> the data's name. Only the names given here have to exist."""
+    def __init__(self, name: str, split: str, columns: dict[str, str], flags: dict[str, str] | None = None):
+        """`columns`: our name -> the data's name. Only the names given here have to exist. flags: our name -> the flag that sets it."""
         import datasets
 
         path = Path(locate(name))
@@ -297,7 +298,7 @@ class Rows:
         for ours, theirs in columns.items():
             if theirs not in data.column_names:
                 raise UserError(f"data set {name!r} has no column {theirs!r}; it has: {', '.join(data.column_names)}. "
-                                f"Say which one holds the {ours} with --column-{ours} NAME")
+                                f"Say which one holds the {ours} with {(flags or {}).get(ours, f'--column-{ours}')} NAME")
         if len(data) == 0:
             raise UserError(f"data set {name!r} is empty")
         self.columns = {c: c for c in data.column_names} | columns
@@ -444,7 +445,10 @@ class Processor:
 
     def render(self, context: Context) -> str:
         """The context as the text that the chat template makes of it, one placeholder an image, prefill at the end."""
-        return self.tokenizer.apply_chat_template(context.messages, tokenize=False, add_generation_prompt=True) + context.prefill
+        messages = context.messages
+        if self.image_id is None:  # the template of a language model takes plain text, and may leave out anything else without a word
+            messages = [m if isinstance(m["content"], str) else m | {"content": "".join(c.get("text", "") for c in m["content"])} for m in messages]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + context.prefill
 
     def encode(self, context: Context) -> Prompt:
         """Token ids, with each placeholder expanded to as many as its image has merged patches, and the pixels."""
@@ -462,13 +466,16 @@ class Processor:
         return Prompt(expanded, pixels["pixel_values"], grid)
 
     def complaint(self, context: Context, limit: int) -> str | None:
-        """What keeps a context from being used: more than `limit` tokens, or image placeholders that its text brings along.
+        """What keeps a context from being used: more than `limit` tokens, image placeholders of its text's own, a template that drops text.
 
         Cheap: pixels are not made, and a text that cannot be too long is not tokenized.
         """
         text, placeholder = self.render(context), self.tokenizer.convert_ids_to_tokens(self.image_id) if self.image_id is not None else None
         if placeholder and text.count(placeholder) != len(context.images):
             return f"the text holds an image placeholder of its own ({placeholder}); remove it"
+        parts = [[m["content"]] if isinstance(m["content"], str) else [c.get("text", "") for c in m["content"]] for m in context.messages]
+        if lost := next((part for of_message in parts for part in of_message if part.strip() not in text), None):
+            return f"the chat template of {self.name!r} leaves out a part of the prompt ({lost.strip()[:60]!r})"
         size = -len(context.images)  # each placeholder of the text gives way to its image's tokens
         try:
             for image in context.images:
@@ -538,11 +545,12 @@ def check_same_inputs(student: Processor, teacher: Processor) -> None:
 
 
 def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool = False, images: bool = True, answers: bool = True,
-              columns: dict[str, str] | None = None, pick: int = 0) -> Rows | None:
+              columns: dict[str, str] | None = None, flags: dict[str, str] | None = None, pick: int = 0) -> Rows | None:
     """The training rows, or the held-out ones (None without --eval-data), read once and checked before any model is loaded.
 
     contexts: name -> fn(row) -> Context (None: not for this row); their prompts have to fit into --max-prompt.
-    columns: what the method needs besides problem, images and answer, our name -> the data's. pick: so many rows, 0 = all.
+    columns: what the method needs besides problem, images and answer, our name -> the data's; flags: see Rows.
+    pick: so many rows, 0 = all.
     """
     name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
     if not name and held_out:
@@ -554,7 +562,7 @@ def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool =
     columns = {"problem": args.column_problem} | (columns or {})
     columns |= ({"images": args.column_images} if images else {}) | ({"answer": args.column_answer} if answers else {})
     try:
-        rows = Rows(name, split, columns)
+        rows = Rows(name, split, columns, flags)
     except UserError as e:
         if not held_out:
             raise
@@ -711,18 +719,18 @@ ENGINES = {"hf": HFEngine}  # by --engine
 
 
 def writer(name: str, endpoint: str, args: Args):
-    """fn(contexts, temperature) -> texts of up to --max-response tokens, by a local checkpoint or the model that an endpoint serves."""
+    """fn(contexts) -> (text, whether it ended by itself) each, by a local checkpoint or by the model that an endpoint serves."""
     if endpoint:
-        return functools.partial(ask_endpoint, endpoint, name, args.max_response)
+        return functools.partial(ask_endpoint, endpoint, name, args.max_response, args.temperature)
     engine = ENGINES[args.engine](name, Processor(name), args)
-    return lambda contexts, temperature: [r.text for r in engine.generate([engine.processor.encode(c) for c in contexts], temperature)]
+    return lambda contexts: [(r.text, r.finished) for r in engine.generate([engine.processor.encode(c) for c in contexts], args.temperature)]
 
 
-def ask_endpoint(url: str, model: str, max_tokens: int, contexts: list[Context], temperature: float) -> list[str]:
+def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, contexts: list[Context]) -> list[tuple[str, bool]]:
     """One answer a context from an OpenAI-compatible endpoint, eight at a time. Overload and outages are waited for, up to a minute."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
 
-    def ask(context: Context) -> str:
+    def ask(context: Context) -> tuple[str, bool]:
         images = iter(context.images)
         messages = [m if isinstance(m["content"], str) else m | {"content": [
             {"type": "image_url", "image_url": {"url": as_data_url(next(images))}} if c["type"] == "image" else c for c in m["content"]]}
@@ -731,7 +739,8 @@ def ask_endpoint(url: str, model: str, max_tokens: int, contexts: list[Context],
         for wait in (1, 4, 15, 40, None):
             try:
                 with urllib.request.urlopen(urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers), timeout=600) as answer:
-                    return json.load(answer)["choices"][0]["message"]["content"] or ""
+                    choice = json.load(answer)["choices"][0]
+                    return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
             except urllib.error.HTTPError as e:
                 if e.code not in (408, 429) and e.code < 500 or wait is None:
                     raise UserError(f"{url} refused: {e.code} {e.read().decode(errors='replace')[:300]}") from None
@@ -871,6 +880,15 @@ def make_micros(kind, samples: list[Sample], contexts: list[str], processor: Pro
     return micros
 
 
+def sampler_gap(micros: list[Micro], log_p: Tensor) -> Tensor:
+    """|the trainer's log-prob - the sampler's| of every token, [N]; the trainer's as it was when the token was sampled.
+
+    log_p [N]: the trainer's now, which is the same until the first update on these samples.
+    """
+    old = torch.cat([m.old for m in micros])
+    return (torch.where(old.isnan(), log_p, old) - torch.cat([m.sampled for m in micros])).abs()
+
+
 def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
     """Sequence numbers in groups of `size`, of similar length so that little is padded.
 
@@ -994,7 +1012,8 @@ def group_advantages(rewards: Tensor, group: int, eps: float = 1e-6) -> Tensor:
     r = rewards.view(-1, group)
     if group == 1:
         return torch.zeros_like(rewards)
-    return ((r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + eps)).view(-1)
+    differ = r.amax(-1, keepdim=True) > r.amin(-1, keepdim=True)  # the mean of eight times 0.1 is not 0.1 in float32
+    return torch.where(differ, (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + eps), 0.0).view(-1)
 
 
 def k3(log_p: Tensor, reference: Tensor) -> Tensor:
@@ -1025,27 +1044,34 @@ def extract_answer(text: str) -> str | None:
 
     "<reason>2 + 2</reason> \boxed{\frac{1}{2}}" -> "\frac{1}{2}".   "<reason>none</reason> (c)" -> "(c)".   "so 4" -> None
     """
+    if (content := boxed(text)) is not None:
+        return content
+    _, tag, tail = text.rpartition("</reason>")
+    return (tail.strip() or None) if tag else None
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last complete \boxed{...} of a text, or None."""
     for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
         depth = 1
         for i in range(match.end(), len(text)):
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
                 return text[match.end() : i].strip()
-    _, tag, tail = text.rpartition("</reason>")
-    return (tail.strip() or None) if tag else None
+    return None
 
 
 def is_correct(prediction: str | None, answer: str) -> bool:
     """Whether an extracted answer equals the reference: as text, then as option letter, as number, and last with math-verify."""
     if prediction is None:
         return False
-    ours, gold = _plain(prediction), _plain(extract_answer(answer) or answer)
+    ours, gold = plain(prediction), plain(extract_answer(answer) or answer)
     if ours.casefold() == gold.casefold():
         return True
-    if _option(gold):
-        return _option(ours) == _option(gold)
-    if (number := _number(gold)) is not None and _number(ours) is not None:
-        return _number(ours) == number
+    if as_option(gold):
+        return as_option(ours) == as_option(gold)
+    if (number := as_number(gold)) is not None and as_number(ours) is not None:
+        return as_number(ours) == number
     if max(len(ours), len(gold)) > 200:  # no short answer is this long, and a symbolic parser can be made to hang by one
         return False
     import math_verify
@@ -1053,18 +1079,19 @@ def is_correct(prediction: str | None, answer: str) -> bool:
     return math_verify.verify(math_verify.parse(f"\\boxed{{{gold}}}"), math_verify.parse(f"\\boxed{{{ours}}}"))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    r"""Without what stands around an answer: "$\text{Yes}$." -> "Yes"."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text.strip())
     return re.sub(r"</?answer>", "", text).strip().strip("$").strip().rstrip(".").strip()
 
 
-def _option(text: str) -> str | None:
+def as_option(text: str) -> str | None:
     """"(B)", "B", "b." or "B: blue" -> "B"; anything else -> None."""
     match = re.fullmatch(r"\(?([A-Za-z])(?:\)|[.:)].*)?", text, re.S)
     return match[1].upper() if match else None
 
 
-def _number(text: str) -> Fraction | None:
+def as_number(text: str) -> Fraction | None:
     """"1,200", "-3", "0.50", "3/4", "12 %" -> its exact value."""
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.replace("\u2212", "-")).removesuffix("%").replace("\\", "").strip()
     match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:\s*/\s*(\d+))?", text)
@@ -1120,9 +1147,12 @@ def grad_norm(model: nn.Module) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def clip_and_step(model: nn.Module, optimizer, schedule, limit: float) -> float:
-    """Clip the gradient, step, clear. Stops every rank before the weights move if the gradient is not finite. Returns its norm."""
-    norm = grad_norm(model)
+def clip_and_step(model: nn.Module, optimizer, schedule, limit: float) -> dict[str, float]:
+    """Clip the gradient, step, clear. Stops every rank before the weights move if the gradient is not finite.
+
+    Returns the gradient's norm before clipping, and the learning rate of this step.
+    """
+    norm, lr = grad_norm(model), schedule.get_last_lr()[0]
     value = norm.item()  # waits for the device, once an update and after its last backward pass
     if not math.isfinite(value):
         raise RuntimeError(f"the gradient norm is {value}: the weights were left as they are")
@@ -1130,7 +1160,7 @@ def clip_and_step(model: nn.Module, optimizer, schedule, limit: float) -> float:
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    return value
+    return {"grad_norm": value, "lr": lr}
 
 
 @dataclass
@@ -1180,6 +1210,15 @@ class Records:
         all_gather_object(None)
         return read_records(self.folder)
 
+    def batches(self, pending: list, size: int, title: str):
+        """This rank's pending items in batches, with a bar. Every rank gets equally many (the last ones empty), and none runs far ahead."""
+        from tqdm import tqdm
+
+        count = max(all_gather_object(-(-len(pending) // size)))
+        for i in tqdm(range(count), title, unit="batch", disable=rank() != 0):
+            yield pending[i * size : (i + 1) * size]
+            all_gather_object(None)  # nobody waits at the end for longer than a collective may
+
     def add(self, records: list[dict]) -> None:
         with open(self.path, "a") as f:
             f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -1206,7 +1245,7 @@ class Run:
         name = args.output or str(Path("runs", f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))
         self.path = Path(all_gather_object(name)[0])
         if all_gather_object((self.path / "args.json").exists())[0]:
-            raise UserError(f"{self.path} already holds a run; choose another folder with --output")
+            raise UserError(f"{self.path} already holds a run; choose another folder with --output, or remove this one")
         package = {"none": None, "tensorboard": "tensorboard", "wandb": "wandb"}[args.tracker]
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f"--tracker {args.tracker} needs a package: pip install {package}")
@@ -1225,7 +1264,7 @@ class Run:
             elif self.args.tracker == "wandb":
                 import wandb
 
-                self.tracker = wandb.init(project="cleanopd", name=self.path.name, dir=str(self.path), config=settings)
+                self.tracker = wandb.init(project="cleanopd", name=str(self.path), dir=str(self.path), config=settings)
 
     def write(self, file: str, record: dict) -> None:
         """Append one JSON line, at once on disk: a run that is interrupted leaves whole lines."""
@@ -1250,6 +1289,11 @@ class Run:
                     self.tracker.add_scalar(key, value, step)
             else:
                 self.tracker.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Let the tracker write what it holds; another run of this process may begin one of its own."""
+        if self.tracker is not None:
+            self.tracker.close() if hasattr(self.tracker, "add_scalar") else self.tracker.finish()
 
     def save(self, folder: str, model: Model, processor: Processor) -> None:
         """Write the whole model as an ordinary checkpoint, in the precision the model came with, aside first and then in place."""
@@ -1360,6 +1404,7 @@ class Progress:
 
     def __exit__(self, kind, error, trace):
         self.bar.close()
+        self.run.close()
         if kind is KeyboardInterrupt:
             raise UserError(f"interrupted in step {self.step} of {self.steps}. {self.run.path} holds the metrics and samples of the steps before "
                             "it, and the weights that were saved")

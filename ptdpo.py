@@ -7,11 +7,11 @@ Paper: "Teaching the Way, Not the Answer: Privileged Tutoring Distillation for M
     python ptdpo.py --make-hints --hint-model Qwen/Qwen3-VL-8B-Thinking --data rows.parquet     writes the hint column
     python ptdpo.py --analyze                                   what each kind of knowledge does to a tutor (Figures 3, 5)
 
-The student answers from the question alone, G times. Two frozen copies of the initial model stand by:
+The student answers from the question alone, G times. A frozen copy of the initial model reads the answers in two contexts:
 
     p      student,  question x                         what samples, and what is trained
-    q^h    tutor,    question and hint [x; h]           the frozen initial model, which sees the image as well     Eq. 9
-    ref    frozen,   question x                         for the KL term of GRPO
+    q^h    tutor,    question and hint [x; h]           the frozen model; it sees the image as well                Eq. 9
+    ref    frozen,   question x                         the same model, for the KL term of GRPO
 
     rbar   the share of right answers in the group                                                                Eq. 7
     F      the tokens of wrong answers in groups with rbar < tau                                                  Eq. 8
@@ -35,13 +35,18 @@ Where this differs from the paper, or from the code released with it:
  9. beta of the KL estimates KL(p || ref) as in Eq. 3; the released scripts differ among themselves.
 10. lambda is 0.05 for 2B and 8B and 0.5 for 4B, as in the released scripts (the paper: "5e-2, 5e-1").
 11. The hints are not released. --make-hints is hints made by a model of yours, with our wording of the paper's three rules.
-12. The wording of the instruction and of the contexts is ours.
+12. DAPO: where --draws draws do not fill the batch, groups without an advantage do. Groups that it drops are not tutored either, as
+    in the released code; its penalty for long responses is left out. An epoch counts steps, not draws.
+13. Figure 3's KL is KL(context || question alone), in nats (the paper does not say which way).
+14. The wording of the instruction and of the contexts is ours. Evaluation is greedy (paper: temperature 1: --eval-samples). Trained
+    weights are float32, and weight decay spares norms and biases. Images keep the checkpoint's own limits of pixels (the released
+    scripts: 200,704 to 1,003,520: change the checkpoint's preprocessor_config.json for those).
 """
 
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -94,6 +99,13 @@ class Args(common.Args):
     hint_attempts: int = 3  # times a hint is written anew after the check rejected it
 
 
+DATA = ("preset", "output", "seed", "engine", "dtype", "rollout_batch", "max_response", "temperature", "skip_bad_rows", "column_problem",
+        "column_images", "column_answer", "column_hint", "column_solution")
+READ_BY_HINTS = (*DATA, "make_hints", "hint_model", "hint_endpoint", "hint_attempts", "data", "data_split")
+READ_BY_ANALYSIS = (*DATA, "analyze", "student", "eval_data", "eval_split", "eval_rows", "group", "blind_tutor", "top_p", "top_k", "micro_batch",
+                    "loss_chunk", "max_prompt")
+
+
 def uses_tutor(args: Args) -> bool:
     return args.lambda_ptd > 0
 
@@ -130,15 +142,15 @@ def contexts(args: Args) -> dict:
 
 
 # ====================================================================================================== losses
-FORMAT = re.compile(r"\s*(<think>)?(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\\boxed\s*\{.*\}(?:(?!</?think>).)*", re.DOTALL)
-
-
 def well_formed(text: str) -> bool:
     """One thought, then a boxed answer. Thinking templates open <think> themselves, so it may be missing.
 
     "<think>2 + 2</think> \\boxed{4}" -> True   "2 + 2</think> \\boxed{4}" -> True   "\\boxed{4}" -> False
     """
-    return FORMAT.fullmatch(text) is not None
+    thought, closed, rest = text.partition("</think>")
+    tags = ("<think>", "</think>")
+    nested = any(tag in part for tag in tags for part in (thought.lstrip().removeprefix("<think>"), rest))
+    return bool(closed) and not nested and common.boxed(rest) is not None
 
 
 def route(correct: list[bool], group: int, tau: float) -> tuple[list[bool], list[bool]]:
@@ -181,22 +193,26 @@ class Sample(common.Sample):
     tutored: bool = False  # its tokens are in F
 
 
-def rollout(draw, models: common.Models, args: Args) -> list[Sample]:
-    """The student answers this rank's questions (draw() gives the next ones) from the question alone; failures are routed."""
-    wanted, samples, spare = args.prompts // common.world_size() * args.group, [], []
-    for _ in range(args.draws if args.optimizer == "dapo" else 1):
+def rollout(draw, models: common.Models, args: Args) -> tuple[list[Sample], dict]:
+    """The student answers this rank's questions (draw() gives the next ones) from the question alone; failures are routed.
+
+    Returns the responses, and what is worth knowing of all groups that were drawn.
+    """
+    wanted, groups, dapo = args.prompts // common.world_size(), [], args.optimizer == "dapo"
+    for draws in range(1, args.draws + 1 if dapo else 2):
         new = common.sample_responses(models.engine, draw(), contexts(args), args, Sample)
         common.reward_answers(new, args.group, well_formed, 0.1)
         below, failed = route([s.correct for s in new], args.group, args.tau)
         for s, in_failing_group, fails in zip(new, below, failed):
             s.failing = in_failing_group
             s.tutored = (fails or args.tutor_all) and "tutor" in s.prompts
-        for group in common.split(new, len(new) // args.group):
-            informative = 0 < sum(s.correct for s in group) < args.group
-            (samples if informative or args.optimizer != "dapo" else spare).extend(group)
-        if min(common.all_gather_object(len(samples))) >= wanted:  # every rank draws equally often
+        groups += common.split(new, len(new) // args.group)
+        informative = [i for i, group in enumerate(groups) if 0 < sum(s.correct for s in group) < args.group]
+        if min(common.all_gather_object(len(informative))) >= wanted:  # every rank draws equally often
             break
-    return (samples + spare)[:wanted]
+    log = group_statistics([s for group in groups for s in group], args) | ({"draws": draws} if dapo else {})
+    chosen = informative + [i for i in range(len(groups)) if i not in set(informative)] if dapo else range(len(groups))
+    return [s for i in sorted(chosen[:wanted]) for s in groups[i]], log  # as drawn, so that every update gets some of both
 
 
 # ====================================================================================================== score
@@ -224,7 +240,7 @@ def score(samples: list[Sample], models: common.Models, args: Args) -> list[Micr
             if args.kl:
                 m.reference = log_probs(models.teacher(m.batch), models.head)
             if uses_tutor(args):  # a rank without failures takes part all the same: the model is sharded
-                prompts = [s.prompts["tutor"] for s in part] or [models.processor.blank()]
+                prompts = [s.prompts["tutor"] for s in part] or [models.processor.blank(not args.blind_tutor)]
                 m.teacher = [models.teacher(models.processor.batch(prompts, [s.response.ids for s in part] or [[]]))]  # [m, H]
             if args.updates > 1:  # later updates need the policy that sampled, not their own
                 m.old = models.student(m.batch, log_probs)
@@ -270,15 +286,15 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
 def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
     """One optimizer step, and what it is worth knowing about it."""
     accumulate(micros, models, args)
-    norm = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
-    return {"grad_norm": norm, "lr": models.schedule.get_last_lr()[0]} | statistics(micros, args)
+    stepped = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
+    return stepped | statistics(micros, args)
 
 
 def statistics(micros: list[Micro], args: Args) -> dict:
     """Means over one update's tokens on all ranks; those of the tutor over F."""
     named = dict(zip(TERMS, torch.cat([m.terms for m in micros], dim=-1)))  # [N] each
-    length, sampled = torch.cat([m.length for m in micros]), torch.cat([m.sampled for m in micros])
-    gap = (named["log_p"] - sampled).abs()
+    length = torch.cat([m.length for m in micros])
+    gap = common.sampler_gap(micros, named["log_p"])
     everywhere = {"entropy": named["entropy"], "clipped": named["clipped"], "sampler_gap": gap} | ({"kl": named["kl"]} if args.kl else {})
     in_f = {"ptd": "ptd", "student_tail": "student_tail", "tutor_tail": "tutor_tail", "ptd_gap_bound": "gap"} if uses_tutor(args) else {}
     failed = length.new_tensor(sum(tutored_tokens(m) for m in micros))
@@ -372,6 +388,7 @@ def hint_prompt(row: dict, fault: str | None) -> common.Context:
 
 
 FAULTS = {
+    "cut off": "it was too long to be finished",
     "form": "it has to be a line 'Look: ...' and a line 'Think: ...'",
     "evidence": "the 'Look' part has to name the visual evidence",
     "solution": "it was a whole solution",
@@ -379,73 +396,131 @@ FAULTS = {
     "option": "it named the right option",
     "number": "it contained a number that has to be read off or worked out",
 }
+UNITS = "zero _ two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+SPELLED = {word: i for i, word in enumerate(UNITS)} | {word: 10 * i for i, word in enumerate(TENS)}  # not "one": it is a pronoun as well
+SPELLED |= {f"{ten}-{one}": 10 * i + j for i, ten in enumerate(TENS) for j, one in enumerate(["", "one", *UNITS[2:10]])}
+FIGURE = r"\d+(?:\.\d+)?(?:/\d+)?"
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.casefold())
+    r"""Words and numbers, without case and markup: "$\frac{1}{2}$ of Forty-seven, 0.5" -> ["1/2", "of", "47", "1/2"]."""
+    text = re.sub(r"\\[dt]?frac\s*\{(\w+)\}\s*\{(\w+)\}", r"\1/\2", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))
+    text = re.sub(r"\\(?:text|mathrm|boxed)\b", " ", re.sub(r"\\sqrt\b", "√", text))
+    found = re.findall(rf"{FIGURE}|[^\W\d_]+(?:-[^\W\d_]+)?|√", text.casefold())
+    return [part for word in found for part in ([str(SPELLED[word])] if word in SPELLED else [str(common.as_number(word) or 0)] if word[0].isdigit()
+                                                else word.split("-"))]
 
 
 def occurs(part: list[str], whole: list[str]) -> bool:
     return bool(part) and any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1))
 
 
-def hint_fault(hint: str, row: dict) -> str | None:
-    """The first of FAULTS that a hint has, or None. The question's own words and numbers are no spoilers.
+def gives(part: list[str], said: list[str], asked: list[str]) -> bool:
+    """Whether `part` is said otherwise than in a phrase of the question: "2" in "the 2 rows" is no spoiler if "2 rows" is asked about."""
+    n = len(part)
+
+    def quoted(i: int) -> bool:  # with the word before it, or the one behind it
+        before, behind = said[i - 1 : i + n] if i else [], said[i : i + n + 1] if i + n < len(said) else []
+        return occurs(before, asked) or occurs(behind, asked)
+
+    return bool(part) and any(said[i : i + n] == part and not quoted(i) for i in range(len(said) - n + 1))
+
+
+def options_of(problem: str) -> tuple[str, dict[str, str]]:
+    """The question before its options, and the text of each: "How far? (A) 5 (B) 6" -> "How far? ", {"A": "5", "B": "6"}."""
+    labels = list(re.finditer(r"(?:(?<=\s)|(?<=^))\(?([A-J])[).:]\s+", problem))
+    first = max((i for i, label in enumerate(labels) if label[1] == "A"), default=len(labels))
+    ends = [label.start() for label in labels[first + 1 :]] + [len(problem)]
+    found = {label[1]: problem[label.end() : end].strip().split("\n")[0] for label, end in zip(labels[first:], ends)}
+    return problem[: labels[first].start()] if found else problem, found
+
+
+def names_option(letter: str, hint: str) -> bool:
+    either = letter if letter in "AI" else f"[{letter}{letter.lower()}]"  # "choose a point" does not choose A
+    cue = r"(?i:\b(?:options?|choices?|letters?|answers?|choose|pick|select|correct)\b(?:[^\w.\n]+(?:is|one|be|must|the|answer|choice|option|letter|to)\b)*)"
+    return re.search(rf"{cue}[^\w.\n]+{either}\b|\({either}\)", hint) is not None
+
+
+def numbered_steps_removed(hint: str) -> str:
+    """ "1. count 2. add" -> " count  add": the marks of steps 1, 2, 3, ... in order are no numbers of the solution."""
+    for step in range(1, 10):
+        hint, found = re.subn(rf"(?<![\w.]){step}[.)]\s", " ", hint, count=1)
+        if not found:
+            break
+    return hint
+
+
+def hint_fault(hint: str, row: dict, finished: bool = True) -> str | None:
+    """The first of FAULTS that a hint has, or None. Phrases and numbers of the question are no spoilers.
 
     answer 47: "Think: 47 remain" -> answer;   solution "40 + 7 = 47": "Think: add 7" -> number;   answer B: "Look at (B)" -> option
     """
+    hint = numbered_steps_removed(hint)
     match, said, asked = HINT.fullmatch(hint), words(hint), words(row["problem"])
+    if not finished:
+        return "cut off"
     if not match:
         return "form"
     if len(words(match["look"])) < 4:
         return "evidence"
-    solution, answer = words(str(row.get("solution") or "")), str(row["answer"]).strip()
-    copied = any(occurs(solution[i : i + 8], said) and not occurs(solution[i : i + 8], asked) for i in range(len(solution) - 7))
+    solution, answer = str(row.get("solution") or ""), str(row["answer"])
+    steps = words(solution)
+    copied = any(occurs(steps[i : i + 8], said) and not occurs(steps[i : i + 8], asked) for i in range(len(steps) - 7))
     if len(said) > 200 or "\\boxed" in hint or copied:
         return "solution"
-    if option := re.fullmatch(r"\(?([A-Z])[).]?", answer):
-        named = re.search(rf"(?i:\b(?:option|choice|answer)(?:\s+is)?)\s+\(?{option[1]}\b|\({option[1]}\)|\b{option[1]}[).]", hint)
-        content = re.search(rf"\(?\b{option[1]}[).:]\s*(.+?)\s*(?=\(?\b[A-Z][).:]|$)", row["problem"], re.DOTALL)
-        if named or content and occurs(words(content[1]), said):
+    gold = common.plain(common.extract_answer(answer) or answer)
+    if letter := common.as_option(gold):
+        stem, options = options_of(row["problem"])
+        if names_option(letter, hint) or gives(words(options.get(letter, "")), said, words(stem)):
             return "option"
-    elif occurs(words(answer), said):
-        return "answer"
-    numbers = {x for x in said if x[0].isdigit()} - set(asked)
-    if numbers & set(solution) or any(len(x) > 1 for x in numbers):  # without a solution at hand: single digits count steps
+    else:
+        target = words(gold)
+        figures = [x for x in target if x[0].isdigit()]
+        if target in (["yes"], ["no"], ["true"], ["false"]):  # ordinary words, until they are called the answer
+            if occurs(["answer", "is", *target], said) or occurs(["answer", *target], said):
+                return "answer"
+        elif gives(target, said, asked) or len(figures) == 1 and gives(figures, said, asked):  # "8 cm" is told by 8
+            return "answer"
+    numbers = {str(common.as_number(x)) for x in re.findall(FIGURE, hint)} - set(asked)
+    if numbers & set(steps) or any(len(x) > 1 for x in numbers):  # without a solution at hand: single digits count things
         return "number"
     return None
 
 
 def make_hints(args: Args) -> None:
-    """Writes a hint for every row, checks it, asks again where it is rejected; rows that never get one keep an empty hint."""
-    from tqdm import tqdm
+    """Writes a hint for every row, checks it, asks again where it is rejected; rows that never get one keep an empty hint.
 
-    rows = common.Rows(args.data, args.data_split, {"problem": args.column_problem, "images": args.column_images, "answer": args.column_answer})
+    A start that finds hints goes on with the rows that have none, also with another model (the paper has one for hard rows).
+    """
+    columns = {"problem": args.column_problem, "images": args.column_images, "answer": args.column_answer}
+    columns |= {"solution": args.column_solution} if args.column_solution != Args.column_solution else {}  # "solution" is read where it is there
+    rows = common.Rows(args.data, args.data_split, columns)
     rows.check(args.skip_bad_rows, 1, answers=True)
-    store = common.Records(args.output or "runs/hints", {"data": args.data, "hint_model": args.hint_model})
+    store = common.Records(args.output or "runs/hints", {"data": args.data, "data_split": args.data_split} | columns)
+    before = {record["row"]: record["hint"] for record in sorted(store.all(), key=lambda record: bool(record["hint"]))}
+    pending = [i for i in range(len(rows)) if not before.get(rows.kept[i])][common.rank() :: common.world_size()]
+    common.say(f"hints for {len(rows)} rows, {sum(map(bool, before.values()))} of them written before; to {store.folder}")
     write = common.writer(args.hint_model, args.hint_endpoint, args)
-    pending = [i for i in range(common.rank(), len(rows), common.world_size()) if rows.kept[i] not in store.done]
-    common.say(f"hints for {len(rows)} rows, {len(store.done)} of them written before; to {store.folder}")
-    for start in tqdm(range(0, len(pending), args.rollout_batch), "hints", unit="batch", disable=common.rank() != 0):
-        batch = [rows[i] for i in pending[start : start + args.rollout_batch]]
-        records = [{"row": row["index"], "hint": "", "faults": []} for row in batch]
+    for picked in store.batches(pending, args.rollout_batch, "hints"):
+        batch = [rows[i] for i in picked]
+        records = [{"row": row["index"], "hint": "", "model": args.hint_model, "faults": []} for row in batch]
         for _ in range(1 + args.hint_attempts):
             todo = [i for i, record in enumerate(records) if not record["hint"]]
-            texts = write([hint_prompt(batch[i], records[i]["faults"][-1] if records[i]["faults"] else None) for i in todo], 0.7)
-            for i, text in zip(todo, texts):
+            answers = write([hint_prompt(batch[i], records[i]["faults"][-1] if records[i]["faults"] else None) for i in todo])
+            for i, (text, finished) in zip(todo, answers):
                 hint = text.rpartition("</think>")[2].strip()
-                fault = hint_fault(hint, batch[i])
+                fault = hint_fault(hint, batch[i], finished)
                 records[i] |= {"faults": [*records[i]["faults"], fault]} if fault else {"hint": hint}
         store.add(records)
-    done = store.all()
+    done = {record["row"]: record for record in sorted(store.all(), key=lambda record: bool(record["hint"]))}  # a row with a hint keeps it
     if common.rank() == 0:
-        hints = {record["row"]: record["hint"] for record in done}
         data = rows.data.select(rows.kept)
-        column = [hints[k] for k in rows.kept]
+        column = [done[k]["hint"] for k in rows.kept]
         data = data.remove_columns([args.column_hint] if args.column_hint in data.column_names else []).add_column(args.column_hint, column)
         data.to_parquet(store.folder / "rows.parquet")
-        kept, regenerated = (sum(bool(r["hint"]) and bool(r["faults"]) == again for r in done) for again in (False, True))
-        rejected = {name: sum(r["faults"].count(name) for r in done) for name in FAULTS}
+        kept, regenerated = (sum(bool(r["hint"]) and bool(r["faults"]) == again for r in done.values()) for again in (False, True))
+        rejected = {name: sum(r["faults"].count(name) for r in done.values()) for name in FAULTS}
         print(f"{kept} kept at once, {regenerated} after writing anew, {len(done) - kept - regenerated} dropped (empty hint); rejections: "
               + ", ".join(f"{name} {count}" for name, count in rejected.items()) + f"\nwritten to {store.folder / 'rows.parquet'}")
 
@@ -469,30 +544,31 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError(f"--average {args.average} contradicts --optimizer {args.optimizer}, whose mean is over {mean}s")
     if args.make_hints and not args.hint_model:
         raise common.UserError("--make-hints needs a model that writes them: --hint-model, and --hint-endpoint where another process serves it")
+    if args.analyze and (args.make_hints or not args.eval_data):
+        raise common.UserError("--analyze needs held-out questions (--eval-data), and goes without --make-hints")
+    if args.make_hints and "max_response" not in given:
+        args.max_response = 16384  # the paper's budget for a hint, thinking included; a preset's is for the student's answers
     ignored = {"teacher": "the tutor is the frozen initial student"}
     if not args.make_hints:
         ignored |= dict.fromkeys(("hint_model", "hint_endpoint", "hint_attempts"), "only --make-hints writes hints")
+    if args.make_hints or args.analyze:
+        mode, read = ("--make-hints", READ_BY_HINTS) if args.make_hints else ("--analyze", READ_BY_ANALYSIS)
+        ignored |= {f.name: f"{mode} does not read it" for f in fields(args) if f.name not in read}
+        return common.refuse_ignored(args, given, ignored)
     if args.optimizer != "dapo":
         ignored["draws"] = f"--optimizer {args.optimizer} draws once"
     if not uses_tutor(args):
-        ignored |= dict.fromkeys(("tau", "tutor_all", "tutor_context", "divergence", "support", "blind_tutor", "column_hint", "column_solution"),
-                                 "--lambda-ptd is 0")
+        ignored |= dict.fromkeys(("tutor_all", "tutor_context", "divergence", "support", "blind_tutor", "column_hint"), "--lambda-ptd is 0")
     elif args.tutor_context != "hint":
         ignored["column_hint"] = f"--tutor-context {args.tutor_context} shows no hint"
     if args.tutor_context != "solution":
         ignored["column_solution"] = "only --tutor-context solution shows it"
     if not args.kl:
         ignored["drop_reference_kl"] = "--kl is 0"
-    if args.tutor_all:
-        ignored["tau"] = "--tutor-all tutors every answer"
-    if args.analyze and args.make_hints or args.analyze and not args.eval_data:
-        raise common.UserError("--analyze needs held-out questions (--eval-data), and goes without --make-hints")
-    if args.analyze:
-        ignored |= dict.fromkeys(("optimizer", "tutor_context", "lambda_ptd", "tau", "tutor_all", "kl"), "--analyze compares all tutor contexts")
-        ignored |= dict.fromkeys(common.TRAINING, "--analyze does not train")
-        ignored = {key: why for key, why in ignored.items() if key not in ("column_hint", "column_solution", "blind_tutor")}
-    if args.make_hints:
-        ignored |= dict.fromkeys(set(common.TRAINING) - {"data", "data_split"}, "--make-hints does not train")
+    if not (args.kl and args.drop_reference_kl) and (args.tutor_all or not uses_tutor(args)):
+        ignored["tau"] = "--tutor-all tutors every answer" if args.tutor_all else "--lambda-ptd is 0"
+    if args.updates == 1:
+        ignored |= common.CLIPS
     common.refuse_ignored(args, given, ignored)
 
 
@@ -524,9 +600,8 @@ def main() -> None:
     with common.Progress(run, steps) as progress:
         progress.evaluate(models.engine, held_out, question, args)
         for step in progress:
-            samples = rollout(lambda: [train[i] for i in common.my_share(next(order))], models, args)
+            samples, groups = rollout(lambda: [train[i] for i in common.my_share(next(order))], models, args)
             progress.samples(samples, args, rewarded=True)
-            groups = group_statistics(samples, args)
             progress.log(groups)
             if groups["with_advantage"] == 0:
                 progress.note("in every group all rewards are equal: the policy gradient is zero" + ", only the tutor teaches" * uses_tutor(args))

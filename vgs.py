@@ -241,8 +241,8 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
 def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
     """One optimizer step, and what it is worth knowing about it."""
     accumulate(micros, models, args)
-    norm = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
-    return {"grad_norm": norm, "lr": models.schedule.get_last_lr()[0]} | statistics(micros)
+    stepped = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
+    return stepped | statistics(micros)
 
 
 def measure_eta(micros: list[Micro], models: common.Models, args: Args) -> dict:
@@ -261,9 +261,9 @@ def measure_eta(micros: list[Micro], models: common.Models, args: Args) -> dict:
 def statistics(micros: list[Micro]) -> dict:
     """The paper's curves over one update's tokens on all ranks: Std, Vis, Lang as the loss averages them, and by VDS decile."""
     terms = dict(zip(TERMS, torch.cat([m.terms for m in micros], dim=-1)))  # [N] each
-    length, sampled = torch.cat([m.length for m in micros]), torch.cat([m.sampled for m in micros])
+    length = torch.cat([m.length for m in micros])
     known = ("std", "vis", "lang") if len(micros[0].teacher) == 2 else ("std",) * len(micros[0].teacher)  # what a teacher was read for
-    one, gap = torch.ones_like(length), (terms["log_p"] - sampled).abs()
+    one, gap = torch.ones_like(length), common.sampler_gap(micros, terms["log_p"])
     sums = common.all_sum(torch.stack([1 / length, one, terms["entropy"], gap, *(terms[name] / length for name in known)]).sum(-1))
     responses, tokens, entropy, gap, *means = sums.tolist()
     log = {"response_length": tokens / responses, "entropy": entropy / tokens, "sampler_gap": gap / tokens}
@@ -341,6 +341,8 @@ def check_settings(args: Args, given: set[str]) -> None:
         ignored |= dict.fromkeys(("teacher", "alpha", "log_all_terms"), "--method grpo has no teacher")
     if not uses_rewards(args):
         ignored |= dict.fromkeys(("clip_low", "clip_high"), "there is no GRPO without --alpha below 1")
+    elif args.updates == 1:
+        ignored |= common.CLIPS
     if args.analyze:
         ignored |= dict.fromkeys((*common.TRAINING, "eta", "measure_eta", "alpha", "gamma", "lambda_lp"), "--analyze does not train")
     common.refuse_ignored(args, given, ignored)

@@ -6,7 +6,8 @@ Paper: "VOLD: Reasoning Transfer from LLMs to Vision-Language Models via On-Poli
     torchrun --nproc-per-node 8 vold.py --preset 3b            one node: Qwen2.5-VL-3B from Qwen3-8B, the three stages in turn
     torchrun --nproc-per-node 8 vold.py --preset 3b --stage rl --student runs/my-run/sft/final       one of them
 
-Training is text alone; images come only with the evaluation. The stages:
+Training is text alone; images come only with the evaluation. Started again with the same --output, a run goes on with the traces that
+are missing, or with stage 2 where stage 1 is done. The stages:
 
     traces   the teacher answers text questions
     sft      the student learns to write these answers, its vision tower frozen:   - sum log pi(y*_t | q, y*_<t)       Eq. 4
@@ -34,11 +35,15 @@ Where this differs from the paper, or fills in what it leaves open:
  8. A tag that the teacher's tokenizer holds as one token and the student's does not (<think>, in Qwen3 against Qwen2.5) is read by
     the teacher as its one token, and its pieces carry no distillation. Any other difference of the tokenizers is refused.
  9. The wording of the instruction is ours. An answer is right as in common.is_correct; the paper: an exact match.
-10. --mask group and a falling beta (--beta 5e-3 --beta-decay 5e-5 --beta-min 1e-3) are those of KDRL (arXiv:2506.02208).
+10. Questions above --max-prompt tokens are left out; the 8192 are a response's tokens. An answer that was cut off is wrong, and distilled.
+    The merger is frozen with the tower. Advantages over the unbiased standard deviation; gradients clipped at norm 1; weight decay
+    spares norms and biases; each model's softmax is over its own tokenizer's ids. The presets evaluate nothing without --eval-data.
+11. --mask group and a falling beta (--beta 5e-3 --beta-decay 5e-5 --beta-min 1e-3) are those of KDRL (arXiv:2506.02208).
 """
 
 import dataclasses
 import gc
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -52,8 +57,8 @@ import common
 
 # ====================================================================================================== settings
 HUB = dict(student="Qwen/Qwen2.5-VL-3B-Instruct", teacher="Qwen/Qwen3-8B", trace_data="open-r1/Mixture-of-Thoughts:all", trace_column="messages",
-           data="axon-rl/ORZ-57k", skip_bad_rows=True, prompts=256, group=5, max_steps=60, max_response=8192, lr=6e-6, warmup=5,
-           schedule="cosine", micro_batch=1, gradient_checkpointing=True, save_every=20)  # Table 4
+           data="axon-rl/ORZ-57k", skip_bad_rows=True, prompts=256, group=5, rollout_batch=16, max_steps=60, max_prompt=2048, max_response=8192,
+           lr=6e-6, warmup=5, schedule="cosine", micro_batch=1, gradient_checkpointing=True, save_every=20)  # Table 4
 PRESETS = {
     "toy": dict(student="toy/student", teacher="toy/text-teacher", data="toy/train", column_text="text_problem", trace_data="toy/train",
                 trace_column="text_problem", ignore_images=True, eval_data="toy/test", trace_rows=2000, sft_steps=200, sft_batch=64, sft_lr=5e-5,
@@ -73,6 +78,7 @@ class Args(common.Args):
     column_text: str = "problem"  # name of the column with the text question in --data (--column-problem: in --eval-data)
     ignore_images: bool = False  # use the questions of data that has images, and leave the images out
     trace_data: str = ""  # questions that the teacher writes traces for; no answers needed
+    trace_split: str = "train"  # which split of it
     trace_column: str = "problem"  # name of its column with the question, or with a chat that begins with it
     trace_rows: int = 0  # how many of them, a fixed random choice; 0 = all
     right_traces_only: bool = False  # keep a trace only if its answer is right (the paper keeps them all)
@@ -213,7 +219,7 @@ class Reader:
 
 
 def rollout(rows: list[dict], models: common.Models, reader: Reader | None, args: Args) -> list[Sample]:
-    """The student answers this rank's questions; right answers are rewarded, and wrong ones marked for the teacher."""
+    """The student answers this rank's questions; right answers are rewarded, and those that the mask leaves are marked for the teacher."""
     samples = common.sample_responses(models.engine, rows, contexts(args), args, Sample)
     common.reward_answers(samples, args.group)
     for s, kept in zip(samples, distilled([s.correct for s in samples], args.group, args.mask)):
@@ -257,7 +263,7 @@ def score(samples: list[Sample], models: common.Models, reader: Reader | None, a
 def teacher_log_probs(samples: list[Sample], models: common.Models, reader: Reader, args: Args) -> tuple[Tensor, Tensor]:
     """(whether the teacher has the token [n], its log-prob of it [n] or 0), in the order of the samples' tokens."""
     read = [reread(s.response.ids, models.processor, reader.processor, reader.tags) for s in samples]
-    prompts = [s.prompts["teacher"] for s in samples] or [reader.processor.blank()]
+    prompts = [s.prompts["teacher"] for s in samples] or [reader.processor.blank(image=False)]
     batch = reader.processor.batch(prompts, [theirs for theirs, _ in read] or [[]])
     ids = common.per_token([len(theirs) for theirs, _ in read], [theirs for theirs, _ in read], torch.long)
     vocab = min(reader.processor.vocab, models.teacher.vocab)
@@ -302,8 +308,8 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
 def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
     """One optimizer step, and what it is worth knowing about it."""
     accumulate(micros, models, args)
-    norm = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
-    return {"grad_norm": norm, "lr": models.schedule.get_last_lr()[0]} | statistics(micros, args)
+    stepped = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
+    return stepped | statistics(micros, args)
 
 
 def measure_share(micros: list[Micro], models: common.Models, args: Args) -> dict:
@@ -324,9 +330,9 @@ def measure_share(micros: list[Micro], models: common.Models, args: Args) -> dic
 def statistics(micros: list[Micro], args: Args) -> dict:
     """Means over one update's tokens on all ranks; the estimate of KL(student || teacher) apart for right and wrong responses."""
     named = dict(zip(TERMS, torch.cat([m.terms for m in micros], dim=-1)))  # [N] each
-    length, sampled, right, kept, known = (torch.cat([getattr(m, name) for m in micros]) for name in ("length", "sampled", "correct", "distilled", "known"))
+    length, right, kept, known = (torch.cat([getattr(m, name) for m in micros]) for name in ("length", "correct", "distilled", "known"))
     kept = kept * known
-    everywhere = {"entropy": named["entropy"], "clipped": named["clipped"], "sampler_gap": (named["log_p"] - sampled).abs()}
+    everywhere = {"entropy": named["entropy"], "clipped": named["clipped"], "sampler_gap": common.sampler_gap(micros, named["log_p"])}
     everywhere |= {"distilled_tokens": kept, "distance": named["distance"] * kept} if distils(args) else {}
     apart = [x for side in (right, 1 - right) for x in ((side * known).sum(), (side * known * named["k1"]).sum())]
     sums = [torch.ones_like(length).sum(), (1 / length).sum(), *apart, *(x.sum() for x in everywhere.values())]
@@ -339,22 +345,21 @@ def statistics(micros: list[Micro], args: Args) -> dict:
 # ====================================================================================================== stage 1
 def write_traces(rows: common.Rows, args: Args, folder: Path) -> None:
     """The teacher's answers to text questions, one a row, in `folder`; goes on where an earlier start stopped."""
-    from tqdm import tqdm
-
-    made_from = {key: getattr(args, key) for key in ("teacher", "trace_data", "trace_column", "trace_rows", "instruction", "max_response",
+    made_from = {key: getattr(args, key) for key in ("teacher", "trace_data", "trace_split", "trace_column", "trace_rows", "instruction", "max_response",
                                                      "temperature", "top_p", "top_k", "seed")}
     store = common.Records(str(folder), made_from)
     pending = [i for i in range(common.rank(), len(rows), common.world_size()) if rows.kept[i] not in store.done]
     common.say(f"traces for {len(rows)} questions by {args.teacher}, {len(store.done)} of them written before; to {folder}")
     if pending:
         engine = common.ENGINES[args.engine](args.teacher, common.Processor(args.teacher), args)
-    for start in tqdm(range(0, len(pending), args.rollout_batch), "traces", unit="batch", disable=common.rank() != 0):
-        batch = [rows[i] for i in pending[start : start + args.rollout_batch]]
+    for picked in store.batches(pending, args.rollout_batch, "traces"):
+        batch = [rows[i] for i in picked]
+        if not batch:
+            continue
         prompts = [engine.processor.encode(question(row, args)) for row in batch]
         responses = engine.generate(prompts, args.temperature, args.top_p, args.top_k)
-        store.add([{"row": row["index"], "problem": row["problem"], "answer": row.get("answer"), "response": r.text, "finished": r.finished}
+        store.add([{"row": row["index"], "problem": row["problem"], "answer": row.get(args.column_answer), "response": r.text, "finished": r.finished}
                    for row, r in zip(batch, responses)])
-    common.all_gather_object(None)
 
 
 def read_traces(folder: Path, processor: common.Processor, args: Args) -> list[dict]:
@@ -362,12 +367,20 @@ def read_traces(folder: Path, processor: common.Processor, args: Args) -> list[d
     records = common.read_records(folder)
     if not records:
         raise common.UserError(f"{folder} holds no traces (records-*.jsonl): write them with --stage traces, or name their folder with --traces")
+    if args.right_traces_only and not all(str(r["answer"] or "").strip() for r in records):
+        raise common.UserError(f"--right-traces-only needs answers, and traces in {folder} have none: write them anew with --column-answer NAME")
+    written_for = json.loads((folder / "made_from.json").read_text())["instruction"]
+    if written_for != args.instruction:
+        raise common.UserError(f"{folder} was written for another --instruction ({written_for!r}): stage 1 has to show the same")
     ended = [r for r in records if r["finished"]]
     kept = [r for r in ended if not args.right_traces_only or common.is_correct(common.extract_answer(r["response"]), str(r["answer"]))]
     say = f"{len(records)} traces, {len(records) - len(ended)} reached --max-response, {len(ended) - len(kept)} left out as wrong"
     if not kept:
         raise common.UserError(f"{folder}: {say}: nothing is left to learn from. Raise --max-response, or look at the traces")
     common.say(f"{folder}: {say}, {len(kept)} kept")
+    for r in kept:
+        if wrong := processor.complaint(question(r, args), args.max_prompt):
+            raise common.UserError(f"{folder}: the student cannot read the question of row {r['row']}: {wrong}")
     return kept
 
 
@@ -377,10 +390,9 @@ def next_token(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return -common.gather(log_p, ids), common.entropy(log_p.detach())
 
 
-def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, output: Path) -> None:
+def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, run: common.Run) -> None:
     """Stage 1: the student learns to write the teacher's traces; the mean over all tokens of an update."""
-    args = dataclasses.replace(args, lr=args.sft_lr, warmup=args.sft_warmup, freeze_vision=True, output=str(output))
-    run = common.Run("vold", args)
+    args = dataclasses.replace(args, lr=args.sft_lr, warmup=args.sft_warmup, freeze_vision=True)
     models = common.load_models(args, processor, None, args.sft_steps)
     run.begin(f"stage 1, {args.sft_steps} steps of {args.sft_batch} traces, {args.sft_steps * args.sft_batch / len(traces):.1f} passes over "
               f"{len(traces)}, on {common.world_size()} ranks")
@@ -401,9 +413,9 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, o
                 loss, m.terms = models.student(m.batch, lambda hidden, head: common.vocab_loss(
                     next_token, m.weights, [hidden], head, extras=[m.ids], vocab=models.vocab, chunk=args.loss_chunk))
                 (loss * common.world_size()).backward()
-            norm = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
+            progress.log(common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip))
             nll, entropy = (common.all_sum(torch.cat([m.terms for m in micros], dim=-1).sum(-1)) / tokens).tolist()
-            progress.log({"nll": nll, "entropy": entropy, "grad_norm": norm, "lr": models.schedule.get_last_lr()[0]})
+            progress.log({"nll": nll, "entropy": entropy})
             progress.phase("update")
             models.engine.sync(models.student.named_parameters())
             progress.phase("sync")
@@ -412,10 +424,9 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, o
 
 
 # ====================================================================================================== stage 2
-def rl(train: common.Rows, held_out, processor: common.Processor, reader: Reader, args: Args, output: Path) -> None:
+def rl(train: common.Rows, held_out, processor: common.Processor, reader: Reader | None, args: Args, run: common.Run) -> None:
     """Stage 2: GRPO and distillation from the same rollouts."""
-    args = dataclasses.replace(args, freeze_vision=True, output=str(output))
-    run = common.Run("vold", args)
+    args = dataclasses.replace(args, freeze_vision=True)
     steps = common.count_steps(args, train)
     models = common.load_models(args, processor, args.teacher if distils(args) else None, steps * args.updates)
     run.begin(f"stage 2, beta {args.beta}, mask {args.mask}, {steps} steps of {args.prompts} questions x {args.group} responses in {args.updates} "
@@ -426,7 +437,8 @@ def rl(train: common.Rows, held_out, processor: common.Processor, reader: Reader
         for step in progress:
             samples = rollout([train[i] for i in common.my_share(next(order))], models, reader, args)
             progress.samples(samples, args, rewarded=True)
-            progress.log(common.mean_over_ranks({"distilled_responses": [s.distilled for s in samples]}) if distils(args) else {})
+            if distils(args):
+                progress.log(common.mean_over_ranks({"distilled_responses": [s.distilled for s in samples]}) | {"beta": beta(args, step)})
             progress.phase("rollout")
             parts = [score(part, models, reader, args) for part in common.split(samples, args.updates)]
             progress.phase("score")
@@ -453,7 +465,7 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError("--sft-batch and --sft-steps must be at least 1, and --trace-rows must not be negative")
     if args.stage == "sft" and not args.traces:
         raise common.UserError("--stage sft needs the folder of traces that --stage traces wrote: --traces runs/.../traces")
-    of_traces = ("trace_data", "trace_column", "trace_rows")
+    of_traces = ("trace_data", "trace_split", "trace_column", "trace_rows")
     of_sft = ("sft_batch", "sft_steps", "sft_lr", "sft_warmup", "right_traces_only")
     of_rl = ("data", "data_split", "column_text", "prompts", "group", "updates", "epochs", "max_steps", "lr", "warmup", "beta", "beta_decay",
              "beta_min", "mask", "estimator", "kl_tokens", "ratio", "clip_low", "clip_high", "measure_share")
@@ -463,22 +475,33 @@ def check_settings(args: Args, given: set[str]) -> None:
         if args.stage not in stages:
             ignored |= dict.fromkeys(names, f"--stage {args.stage} has no use for it")
     if args.stage == "traces":
-        ignored |= dict.fromkeys({*common.TRAINING, "eval_data", "eval_rows", "student", "micro_batch", "gradient_checkpointing"}, "--stage traces does not train")
+        ignored |= dict.fromkeys({*common.TRAINING, "eval_data", "eval_split", "eval_rows", "student", "micro_batch", "gradient_checkpointing", "loss_chunk"},
+                                 "--stage traces does not train")
     if args.stage == "sft":
         ignored |= dict.fromkeys(("teacher", "temperature", "top_p", "top_k", "log_samples"), "--stage sft samples nothing and has no teacher")
+    if args.stage == "traces" or not args.eval_data:
+        ignored["column_problem"] = "nothing is evaluated; --column-text and --trace-column name the columns of text questions"
     if not distils(args):
         ignored |= dict.fromkeys(("beta_decay", "beta_min", "mask", "estimator", "kl_tokens", "measure_share"), "--beta is 0")
         if args.stage == "rl":
             ignored["teacher"] = "--beta is 0"
     elif not args.beta_decay:
         ignored["beta_min"] = "--beta-decay is 0"
+    if args.updates == 1:
+        ignored |= common.CLIPS
     common.refuse_ignored(args, given, ignored)
 
 
-def load_text(args: Args, processor: common.Processor, data: str, column: str, answers: bool, rows: int = 0) -> common.Rows:
-    """Text questions, checked; stops where the data has images, unless they are to be ignored."""
-    of_data = dataclasses.replace(args, data=data)
-    found = common.load_rows(of_data, processor, contexts(args), images=False, answers=answers, columns={"problem": column}, pick=rows)
+def load_text(args: Args, processor: common.Processor, traces: bool) -> common.Rows:
+    """The text questions of the traces or of stage 2, checked; stops where the data has images, unless they are to be ignored."""
+    data, split, column, flag = args.data, args.data_split, args.column_text, "--column-text"
+    if traces:
+        data, split, column, flag = args.trace_data, args.trace_split, args.trace_column, "--trace-column"
+        if not data:
+            raise common.UserError("there are no questions for the traces: name them with --trace-data, or start with --stage rl")
+    found = common.load_rows(dataclasses.replace(args, data=data, data_split=split), processor, contexts(args), images=False,
+                             answers=args.right_traces_only if traces else True, columns={"problem": column}, flags={"problem": flag},
+                             pick=args.trace_rows if traces else 0)
     if args.column_images in found.data.column_names and not args.ignore_images:
         raise common.UserError(f"{data!r} has images (column {args.column_images!r}), and this method trains on text: a question may make no sense without "
                                "its image. Choose other data, or use the questions alone with --ignore-images")
@@ -497,8 +520,11 @@ def main() -> None:
 
     # Everything that a later stage needs is looked at before the first one spends its hours.
     held_out = reader = train = asked = None
-    if args.stage in ("all", "traces"):
-        asked = load_text(args, common.Processor(args.teacher), args.trace_data, args.trace_column, args.right_traces_only, args.trace_rows)
+    trained = (base / "sft" / "final").exists() and args.stage == "all"
+    runs = {stage: common.Run("vold", dataclasses.replace(args, output=str(base / stage)))
+            for stage in ("sft", "rl") if args.stage in ("all", stage) and not (stage == "sft" and trained)}
+    if args.stage in ("all", "traces") and not trained:
+        asked = load_text(args, common.Processor(args.teacher), traces=True)
     if args.stage != "traces":
         processor = common.Processor(args.student)
         held_out = common.load_rows(args, processor, {"image": lambda row: with_image(row, args)}, held_out=True)
@@ -506,18 +532,20 @@ def main() -> None:
         if distils(args):
             teacher = common.Processor(args.teacher)
             reader = Reader(teacher, tags_of(processor, teacher))
-        train = load_text(args, processor, args.data, args.column_text, True)
+        train = load_text(args, processor, traces=False)
         common.count_steps(args, train)
 
-    if args.stage in ("all", "traces"):
+    if trained:
+        common.say(f"{base / 'sft' / 'final'} is there: going on with stage 2")
+    elif args.stage in ("all", "traces"):
         write_traces(asked, args, traces_at)
-    if args.stage in ("all", "sft"):
-        sft(read_traces(traces_at, processor, args), held_out, processor, args, base / "sft")
+    if "sft" in runs:
+        sft(read_traces(traces_at, processor, args), held_out, processor, args, runs["sft"])
     gc.collect()  # the models of a stage go before those of the next come
     torch.cuda.empty_cache()
-    if args.stage in ("all", "rl"):
+    if "rl" in runs:
         student = str(base / "sft" / "final") if args.stage == "all" else args.student
-        rl(train, held_out, processor, reader, dataclasses.replace(args, student=student), base / "rl")
+        rl(train, held_out, processor, reader, dataclasses.replace(args, student=student), runs["rl"])
 
 
 if __name__ == "__main__":

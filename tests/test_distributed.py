@@ -10,7 +10,8 @@ TWO = [(shares, micro, chunk, *MIXED)
        for shares, micro, chunk in (([4, 4], 8, WHOLE), ([5, 3], 3, 7), ([7, 1], 3, WHOLE), ([8, 0], 3, 7), ([0, 8], 8, 1))]
 # one context instead of two; two percentiles, and eta measured on both ranks; a tutor for some of the tokens, ratios of whole responses
 OTHER = [("vgs", {"method": "standard"}), ("vgs", {"method": "adaptive"}), ("ptdpo", {"lambda_ptd": 0.5, "kl": 0.1}),
-         ("ptdpo", {"lambda_ptd": 0.5, "optimizer": "gspo", "updates": 2}), ("vold", {"beta": 0.5}),
+         ("ptdpo", {"lambda_ptd": 0.5, "optimizer": "gspo", "updates": 2}),
+         ("ptdpo", {"lambda_ptd": 0.5, "blind_tutor": True}), ("vold", {"beta": 0.5}),
          ("vold", {"beta": 0.5, "kl_tokens": "sum", "ratio": "sequence", "updates": 2})]
 
 

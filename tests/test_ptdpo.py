@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import pytest
 import torch
@@ -24,6 +26,9 @@ def test_eq_7_8_routing():
 def test_eq_67_to_69_an_all_fail_group_has_no_policy_gradient_and_is_tutored_all_the_same():
     advantages = common.group_advantages(torch.tensor([0.0] * 4 + [1.0, 0.0, 0.0, 1.0]), 4)
     assert (advantages[:4] == 0).all()
+    for group in range(2, 17):  # 0.9 and 0.1 are not exact in float32, and the mean of several is not either
+        for reward in (0.1, 0.9, 1 - 0.1):
+            assert (common.group_advantages(torch.full((2 * group,), reward), group) == 0).all()
     torch.testing.assert_close(advantages[4:], torch.tensor([1.0, -1.0, -1.0, 1.0]) * 0.5 / (math.sqrt(1 / 3) + 1e-6))
     z, y = torch.randn(4, 30, requires_grad=True), torch.randn(4, 30)
     args = ptdpo.Args(kl=0.0, clip_low=0.2, clip_high=0.3, support=10)
@@ -85,7 +90,9 @@ def test_gspo_ratio_of_the_response():
 
 def test_format_reward():
     for text, good in {"<think>2 + 2</think> \\boxed{4}": True, "2 + 2</think>\n\\boxed{4}": True, "\\boxed{4}": False, "<think>2 + 2</think> 4": False,
-                       "<think>a</think><think>b</think> \\boxed{4}": False, "<think>a \\boxed{4}": False, "": False}.items():
+                       "<think>a</think><think>b</think> \\boxed{4}": False, "<think>a \\boxed{4}": False, "": False,
+                       "<think>a</think> \\boxed{1} <think>b</think> \\boxed{2}": False, "a</think> \\boxed{1}</think> \\boxed{2}": False,
+                       "<think>a</think> \\boxed{4": False, "<think>a</think> so \\boxed{\\frac{1}{2}}, done": True}.items():
         assert ptdpo.well_formed(text) == good, text
     samples = [common.Sample({"answer": "4"}, {}, common.Response([], [], True, text))
                for text in ("<think>a</think> \\boxed{4}", "\\boxed{4}", "<think>a</think> \\boxed{5}", "5")]
@@ -133,9 +140,22 @@ def test_dynamic_sampling_draws_again(monkeypatch):
     monkeypatch.setattr(common, "sample_responses", answers)
     models = type("Models", (), {"engine": None})
     args = ptdpo.Args(optimizer="dapo", prompts=2, group=2, draws=3)
-    assert [s.row["name"] for s in ptdpo.rollout(lambda: next(draws), models, args)] == ["b", "b", "d", "d"]
+    samples, log = ptdpo.rollout(lambda: next(draws), models, args)
+    assert [s.row["name"] for s in samples] == ["b", "b", "d", "d"]
+    assert log["draws"] == 2 and log["informative"] == 0.5 and log["all_pass"] == log["all_fail"] == 0.25  # of all four groups
     args.draws = 1
-    assert [s.row["name"] for s in ptdpo.rollout(lambda: next(draws), models, args)] == ["e", "e", "f", "f"]
+    samples, log = ptdpo.rollout(lambda: next(draws), models, args)
+    assert [s.row["name"] for s in samples] == ["e", "e", "f", "f"] and log["draws"] == 1
+
+
+def test_dynamic_sampling_fills_up_in_the_order_of_drawing(monkeypatch):
+    """So that no update gets only groups without an advantage."""
+    verdicts = [[True, False], [False, False], [True, False], [False, False]]
+    monkeypatch.setattr(common, "sample_responses", lambda engine, rows, contexts, args, kind: [
+        kind({"answer": "1", "name": row}, {}, common.Response([1], [0.0], True, f"\\boxed{{{int(right)}}}")) for row in rows for right in verdicts["abcd".index(row)]])
+    args = ptdpo.Args(optimizer="dapo", prompts=4, group=2, draws=1, updates=2)
+    samples, _ = ptdpo.rollout(lambda: list("abcd"), type("Models", (), {"engine": None}), args)
+    assert [s.row["name"] for s in samples] == list("aabbccdd")
 
 
 # --------------------------------------------------------------------------------------------------------------------- real runs
@@ -178,16 +198,20 @@ def test_rows_without_hints_are_left_out_and_counted(tiny, tmp_path):
     ("would have no effect", {"teacher": "x"}), ("--draws would have no effect", {"draws": 3}), ("--tau would have no effect", {"lambda_ptd": 0, "tau": 0.4}),
     ("contradicts", {"optimizer": "gspo", "average": "token"}), ("--support must lie", {"support": 2000}), ("more than the", {"support": 1000}),
     ("context 'tutor'", {"max_prompt": 110}), ("--lr would have no effect", {"analyze": "", "lr": 0.1, **dict.fromkeys(("max_steps", "prompts", "data", "eval_every"))}),
-    ("needs held-out questions", {"analyze": "", "eval_data": ""}),
+    ("needs held-out questions", {"analyze": "", "eval_data": ""}), ("--clip-low would have no effect", {"clip_low": 0.1}),
+    ("--divergence would have no effect", {"analyze": "", "divergence": "jsd", **dict.fromkeys(("max_steps", "prompts", "data", "eval_every"))}),
 ])  # fmt: skip
 def test_bad_settings(tiny, tmp_path, message, changes):
-    result = run_script("ptdpo.py", *flags(tiny, tmp_path / "run", **{"teacher": None, "group": 4} | changes))
+    argv = flags(tiny, tmp_path / "run", **{"teacher": None, "group": 4} | changes)
+    argv = [part for before, part in zip(["", *argv], argv) if before != "--analyze"]  # a flag without a value
+    result = run_script("ptdpo.py", *argv)
     assert result.returncode != 0 and message in result.stderr + result.stdout, result.stderr
     assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------------------- hints
 GOOD = "Look: the two rows of dots on the left; ignore the shaded box beside them.\nThink: count each row, then add the rows; do not count a dot twice."
+PLAIN = GOOD.replace("the two rows", "the rows").replace("twice", "again")
 SPOILED = {
     "form": "Count the dots in both rows and add them up without counting one twice.",
     "evidence": "Look: dots.\nThink: count each row, then add the rows; do not count a dot twice.",
@@ -206,14 +230,45 @@ def test_a_planted_spoiler_is_rejected(fault):
     assert ptdpo.hint_fault(GOOD.replace("the two rows", "the 2 rows"), row) is None  # a number of the question
 
 
+def fault(last: str, problem: str, answer: str, solution: str = "") -> str | None:
+    return ptdpo.hint_fault(f"{GOOD} {last}", {"problem": problem, "answer": answer, "solution": solution})
+
+
 def test_a_planted_option_is_rejected():
-    row = {"problem": "Which is it? (A) a red ball (B) a blue cone (C) a cube", "answer": "B", "images": []}
-    for spoiler in ("take option B", "the answer is B", "it is (B)", "compare it with a blue cone"):
-        assert ptdpo.hint_fault(GOOD + f" Then {spoiler}.", row) == "option", spoiler
-    assert ptdpo.hint_fault(GOOD, row) is None and ptdpo.hint_fault(GOOD + " A ball is no cone.", row) is None
-    long = {"problem": "How far?", "answer": "3.5 km", "images": []}
-    assert ptdpo.hint_fault(GOOD + " It is 12 steps.", long) == "number" and ptdpo.hint_fault(GOOD + " In 3 steps.", long) is None
-    assert ptdpo.hint_fault(GOOD + " It is 3.5 km.", long) == "answer"
+    problem = "Which is it? (A) a red ball (B) a blue cone (C) a cube\nAnswer with the letter."
+    for answer in ("B", "(B)", "\\boxed{B}", "B. a blue cone"):
+        for spoiler in ("Take option B.", "The answer is B.", "It is (B).", "Choose B.", "Pick B: it fits.", "The answer: B", "The correct one is B.", "So option b.",
+                        "Option **B**.", "The letter B fits.", "Compare it with a blue cone."):
+            assert fault(spoiler, problem, answer) == "option", (spoiler, answer)
+        for good in ("A ball is no cone.", "Compare the angle at A with the angle at B.", "Choose a side."):
+            assert fault(good, problem, answer) is None, (good, answer)
+    assert fault("Find the cube.", problem, "C") is None and fault("It is a cube.", problem, "C") == "option"
+    lengths = "There is an angle at point B. Find the length of AC. A. 5 B. 6"
+    assert fault("Find the length of AC.", lengths, "B") is None and fault("The side is 6.", lengths, "B") == "option"
+
+
+@pytest.mark.parametrize("answer, spoilers", [
+    ("47", ["So 47 remain.", "So forty-seven remain.", "So 47.0 remain."]), ("3", ["There are three of them."]), ("\\boxed{7}", ["So the answer is 7."]),
+    ("\\text{Yes}", ["The answer is yes."]), ("8 cm", ["The height is 8.", "It is 8 cm."]), ("\\frac{1}{2}", ["It is 1/2.", "It is 0.5.", "It is \\frac{1}{2}."]),
+    ("2\\sqrt{3}", ["It is 2√3.", "It is $2\\sqrt{3}$."]), ("1,200", ["It is 1200."]), ("a cone", ["It is a cone."]),
+])  # fmt: skip
+def test_a_planted_answer_is_rejected_in_every_guise(answer, spoilers):
+    for spoiler in spoilers:
+        assert fault(spoiler, "How much is it?", answer) == "answer", spoiler
+
+
+def test_good_hints_pass():
+    assert fault("Look at the 2 rows.", "How many of the 2 rows are full?", "2") is None
+    assert fault("So 2.", "How many of the 2 rows are full?", "2") == "answer"
+    assert fault("There is no gap.", "Is it closed?", "No") is None and fault("The answer: no.", "Is it closed?", "No") == "answer"
+    assert fault("1. Count. 2. Add. 3. Check.", "How many?", "12", "5 * 2 + 1 * 2 = 12") is None
+    assert fault("1. Count. 2. Add 5.", "How many?", "12", "5 * 2 + 1 * 2 = 12") == "number"
+    assert fault("Take 3 steps.", "How far?", "3.5 km") is None and fault("It is 12 steps.", "How far?", "3.5 km") == "number"
+    assert fault("It is 3.5 km.", "How far?", "3.5 km") == "answer"
+
+
+def test_a_hint_that_was_cut_off_is_rejected():
+    assert ptdpo.hint_fault(GOOD[:-20], {"problem": "How many?", "answer": "4"}, finished=False) == "cut off"
 
 
 @pytest.fixture
@@ -233,7 +288,7 @@ def endpoint():
             text = body["messages"][1]["content"][-1]["text"]
             answer = text.split("for you alone: ")[1].split("\n")[0]
             spoil = answer in "13579" and "rejected" not in text
-            hint = f"<think>hm</think>{GOOD}" + (f" It is {answer}." if spoil else "")
+            hint = f"<think>hm</think>{PLAIN}" + (f" It is {answer}." if spoil else "")
             reply = json.dumps({"choices": [{"message": {"content": hint}}]}).encode()
             self.send_response(200)
             self.end_headers()
@@ -258,7 +313,7 @@ def test_make_hints_with_an_endpoint_and_goes_on_where_it_stopped(tiny, tmp_path
     assert result.returncode == 0, result.stderr
     data = datasets.load_dataset("parquet", data_files=str(tmp_path / "hints" / "rows.parquet"), split="train")
     odd = sum(a in "13579" for a in data["answer"])
-    assert len(data) == 24 and all(hint == GOOD for hint in data["hint"]) and 0 < odd < 24
+    assert len(data) == 24 and all(hint == PLAIN for hint in data["hint"]) and 0 < odd < 24
     assert f"{24 - odd} kept at once, {odd} after writing anew, 0 dropped" in result.stdout
     assert all(body["messages"][1]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,") for body in seen)
     records = tmp_path / "hints" / "records-0.jsonl"
@@ -268,7 +323,16 @@ def test_make_hints_with_an_endpoint_and_goes_on_where_it_stopped(tiny, tmp_path
     again = run_script(*argv)
     assert again.returncode == 0 and "9 of them written before" in again.stdout, again.stderr
     assert 15 <= len(seen) - before < 40 and len(records.read_text().splitlines()) == 24
-    other = run_script(*argv[:5], "another", *argv[6:])
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    lines[3] |= {"hint": "", "faults": ["form"]}  # dropped by the first model: the next start, here with another, tries it again
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    another = run_script(*argv[:5], "another", *argv[6:])
+    assert another.returncode == 0 and "23 of them written before" in another.stdout, another.stderr
+    written = datasets.load_dataset("parquet", data_files=str(tmp_path / "hints" / "rows.parquet"), split="train", download_mode="force_redownload")
+    assert all(hint == PLAIN for hint in written["hint"])
+    assert [json.loads(line)["model"] for line in records.read_text().splitlines()] == ["any"] * 24 + ["another"]
+    shutil.copy(tiny / "rows.parquet", tmp_path / "others.parquet")
+    other = run_script(*[tmp_path / "others.parquet" if part == tiny / "rows.parquet" else part for part in argv])
     assert other.returncode != 0 and "choose another --output" in other.stderr
 
 
@@ -302,4 +366,5 @@ def test_make_hints_with_a_local_model(tiny, tmp_path):
     result = run_script("ptdpo.py", "--preset", "toy", "--make-hints", "--hint-model", tiny / "student", "--hint-attempts", 1, "--max-response", 8,
                         "--data", tiny / "rows.parquet", "--output", tmp_path / "hints")
     assert result.returncode == 0, result.stderr
-    assert "0 kept at once, 0 after writing anew, 24 dropped (empty hint); rejections: form 48" in result.stdout
+    found = re.search(r"0 kept at once, 0 after writing anew, 24 dropped .empty hint.; rejections: cut off (\d+), form (\d+)", result.stdout)
+    assert found and int(found[1]) + int(found[2]) == 48, result.stdout

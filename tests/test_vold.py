@@ -13,6 +13,7 @@ import common
 import vold
 
 VOCABULARY = 12
+INSTRUCTION = vold.PRESETS["toy"]["instruction"]
 
 
 def estimate_gradients(z, y, ids, estimator):
@@ -106,6 +107,20 @@ def test_tokenizers_that_differ_are_refused_by_name(tiny, tmp_path, processors):
         vold.tags_of(common.Processor(str(tiny / "tagged")), teacher)  # the student writes tokens that the teacher has not
 
 
+QWEN3 = (  # what matters of its template: a text-only model's takes the question from a string, and from nothing else
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_text_only_teacher_sees_the_question(tiny):
+    context = vold.question({"problem": "<image>How many?"}, vold.Args())
+    teacher, sighted = (common.Processor(str(tiny / name)) for name in ("tagged", "student"))
+    teacher.tokenizer.chat_template = sighted.tokenizer.chat_template = QWEN3
+    assert "user\nHow many?<|im_end|>" in teacher.render(context) and teacher.complaint(context, 500) is None
+    assert "leaves out a part of the prompt ('How many?')" in sighted.complaint(context, 500)  # and no prompt loses its question silently
+
+
 # ------------------------------------------------------------------------------------------------------------------- the real script
 def arguments(tiny, output, **changes):
     values = dict(teacher=tiny / "tagged", column_text="text_problem", trace_data=tiny / "rows.parquet", trace_column="text_problem", trace_rows=9,
@@ -120,6 +135,7 @@ def cold_start(tiny, folder):
     records = [{"row": i, "problem": rows[i]["text_problem"], "answer": rows[i]["answer"], "finished": i != 5,
                 "response": f"<think>{rows[i]['solution']}</think>\n\\boxed{{{rows[i]['answer'] if i % 2 else 'x'}}}"} for i in range(9)]
     (folder / "records-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "made_from.json").write_text(json.dumps({"instruction": INSTRUCTION}))
     return records
 
 
@@ -139,6 +155,12 @@ def test_all_stages(tiny, tmp_path, ranks):
     last = json.loads((tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"kl_wrong", "distilled_tokens", "distilled_responses", "distillation_share", "grad_norm_grpo", "acc@1", "reward"} <= set(last)
     assert 0 < last["distilled_responses"] <= 1
+    refused = run_script(*argv)  # both stages are there
+    assert refused.returncode != 0 and "rl already holds a run" in refused.stderr
+    shutil.rmtree(tmp_path / "run" / "rl")  # as if stage 2 had failed
+    again = run_script(*argv)
+    assert again.returncode == 0 and "is there: going on with stage 2" in again.stdout and "stage 1," not in again.stdout, again.stderr
+    assert load_file(tmp_path / "run" / "rl" / "final" / "model.safetensors")
 
 
 def test_traces_go_on_where_they_stopped_and_broken_ones_are_named(tiny, tmp_path):
@@ -160,11 +182,21 @@ def test_traces_go_on_where_they_stopped_and_broken_ones_are_named(tiny, tmp_pat
 
 def test_which_traces_are_learnt_from(tiny, tmp_path, processors):
     records = cold_start(tiny, tmp_path / "traces")
-    kept = vold.read_traces(tmp_path / "traces", processors[0], vold.Args())
-    assert [r["row"] for r in kept] == [0, 1, 2, 3, 4, 6, 7, 8] and records[5]["finished"] is False
-    assert [r["row"] for r in vold.read_traces(tmp_path / "traces", processors[0], vold.Args(right_traces_only=True))] == [1, 3, 7]
+    def read(folder="traces", **changes):
+        return [r["row"] for r in vold.read_traces(tmp_path / folder, processors[0], vold.Args(**{"instruction": INSTRUCTION} | changes))]
+
+    assert read() == [0, 1, 2, 3, 4, 6, 7, 8] and records[5]["finished"] is False
+    assert read(right_traces_only=True) == [1, 3, 7]
     with pytest.raises(common.UserError, match="holds no traces"):
-        vold.read_traces(tmp_path / "nowhere", processors[0], vold.Args())
+        read("nowhere")
+    with pytest.raises(common.UserError, match="was written for another --instruction"):
+        read(instruction="Be brief.")
+    with pytest.raises(common.UserError, match="row 0: the prompt has"):
+        read(max_prompt=5)
+    file = tmp_path / "traces" / "records-0.jsonl"
+    file.write_text("".join(json.dumps(r | {"answer": None}) + "\n" for r in records))
+    with pytest.raises(common.UserError, match="needs answers"):
+        read(right_traces_only=True)
 
 
 def sft_arguments(tiny, output, traces, **changes):
@@ -185,7 +217,7 @@ def test_eq_4_stage_1_logs_the_mean_over_all_tokens_on_any_number_of_ranks(tiny,
     assert logs[1]["nll"] == pytest.approx(logs[0]["nll"], abs=2e-6) and logs[1]["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-4)
     lm = common.Model(str(tiny / "student"), torch.float64).lm
     total = count = 0
-    args = vold.Args(instruction=vold.PRESETS["toy"]["instruction"])
+    args = vold.Args(instruction=INSTRUCTION)
     for r in kept:
         prompt = student.encode(vold.question(r, args)).ids
         ids = student.tokenizer(r["response"], add_special_tokens=False)["input_ids"] + [student.tokenizer.eos_token_id]
