@@ -1,7 +1,7 @@
 """Worker of test_distributed.py and the test_*_exact.py: gradients of one update on eight fixed rollouts, for several layouts.
 
 python tests/gradients.py TINY OUT LAYOUTS   with LAYOUTS a JSON list of [shares, micro-batch, chunk, file, settings]: shares like
-[8, 0], how many of the rollouts each rank holds; file: vgs, ptdpo or vold; settings: what is set in its Args.
+[8, 0], how many of the rollouts each rank holds; file: vgs, ptdpo, vold or vigos; settings: what is set in its Args.
 """
 
 import json
@@ -14,9 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import ptdpo  # noqa: E402
 import vgs  # noqa: E402
+import vigos  # noqa: E402
 import vold  # noqa: E402
 
 TAGGED = "<think>\n1+1=2.</think>\n\\boxed{2}"  # a response of vold's, whose teacher has one token for <think>
+IN_FORM = "The digits are {0},3.</description>\n<think>{0}+3.</think>\n\\boxed{{7}} and more"  # vigos's, from <description> on
 
 CORRECT = [True, False, False, False, True, True, False, True]  # of ptdpo's and vold's rollouts, in groups of two
 
@@ -26,18 +28,21 @@ def fixed_samples(processor, rows, count: int, file: str = "vgs", settings: dict
     generator = torch.Generator().manual_seed(5)
     settings = settings or {}
     contexts = {"vgs": lambda: vgs.contexts(vgs.Args(method="vgs")), "ptdpo": lambda: ptdpo.contexts(ptdpo.Args(**settings)),
-                "vold": lambda: vold.contexts(vold.Args(**settings))}[file]()
+                "vold": lambda: vold.contexts(vold.Args(**settings)), "vigos": lambda: vigos.contexts(vigos.Args(**settings))}[file]()
     samples = []
     for i in range(count):
         n = int(torch.randint(3, 13, (), generator=generator))
         ids = torch.randint(0, processor.vocab - 20, (n,), generator=generator).tolist()
-        row = rows[i] | ({"hint": ""} if i == 3 else {})
+        row = rows[i] | ({"hint": ""} if i == 3 else {}) | {"reference": rows[i]["solution"]}
         if file == "vold" and i == 1:
             ids = processor.tokenizer(TAGGED)["input_ids"]
             n = len(ids)
+        if file == "vigos" and i % 3:  # every third one is out of form
+            ids = processor.tokenizer(IN_FORM.format(i))["input_ids"] + [processor.tokenizer.eos_token_id]
+            n = len(ids)
         views = {name: view for name, context in contexts.items() if (view := context(row)) is not None}
         prompts, response = {name: processor.encode(view) for name, view in views.items()}, common.Response(ids, [-1.0] * n, True)
-        kind = {"vgs": common.Sample, "ptdpo": ptdpo.Sample, "vold": vold.Sample}[file]
+        kind = {"vgs": common.Sample, "ptdpo": ptdpo.Sample, "vold": vold.Sample, "vigos": vigos.Sample}[file]
         samples.append(kind(row, prompts, response, CORRECT[i], 0.0, (-1.0) ** i))
     return samples
 
@@ -93,6 +98,21 @@ def vold_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict
     return result(models) | {"share": share, "log": vold.statistics(micros, args)}
 
 
+def vigos_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
+    args = vigos.Args(student=f"{tiny}/student", dtype="float32", micro_batch=micro, loss_chunk=chunk, **settings)
+    models = common.load_models(args, processor, args.student, updates=1)
+    with torch.no_grad():  # the student has moved on from the initial model
+        for parameter in models.student.parameters():
+            parameter.mul_(1.02)
+    samples = fixed_samples(processor, rows, 8, "vigos", settings)
+    for s in samples:
+        s.spans = vigos.find_spans(processor.tokenizer.convert_ids_to_tokens(s.response.ids))
+    micros = vigos.score(mine(samples, shares), models, args)
+    vigos.weigh(micros, args)
+    vigos.accumulate(micros, models, args)
+    return result(models) | {"log": vigos.statistics(micros, args)}
+
+
 def mine(samples: list, shares: list[int]) -> list:
     first = sum(shares[: common.rank()])
     return samples[first : first + shares[common.rank()]]
@@ -107,7 +127,7 @@ def main() -> None:
     tiny, out, layouts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     common.start_distributed(vgs.Args())
     processor, rows = common.Processor(f"{tiny}/student"), common.Rows(f"{tiny}/rows.parquet", "train", {"problem": "problem"})
-    functions = {"vgs": vgs_gradient, "ptdpo": ptdpo_gradient, "vold": vold_gradient}
+    functions = {"vgs": vgs_gradient, "ptdpo": ptdpo_gradient, "vold": vold_gradient, "vigos": vigos_gradient}
     results = [functions[file](tiny, processor, rows, *layout, settings) for *layout, file, settings in layouts]
     if common.rank() == 0:
         torch.save(results, out)

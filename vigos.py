@@ -1,0 +1,360 @@
+"""ViGOS: see first, then reason. Self-distillation from three frozen views of the initial model.
+
+Paper: Liu et al., "ViGOS: Visually Grounded On-Policy Self-Distillation", arXiv:2606.19120.
+
+    python vigos.py                                            a laptop: small real models on real handwriting
+    torchrun --nproc-per-node 8 vigos.py --preset 3b           one node: Qwen2.5-VL-3B, its own teacher
+    python vigos.py --method opsd                              the baseline: one privileged teacher for every token
+
+The student writes <description> d </description> <think> r </think> \\boxed{a}; the first tag is given to it. The frozen initial
+model p_0 reads the answer in three contexts, on the same prefix h_t:
+
+    p       student,    image, question, format                   what samples, and what is trained
+    q_img   perception, image                                     marks d: nothing but the image can tell it what to describe
+    q_rea   reasoning,  image, question, reference, format        marks r and a
+    q_ref   reference,  image, question, reference, format        marks every token of an answer that is out of form
+
+    L_perc  mean over the tokens of d       KL(q_img || p)        of answers in form: teacher first, forward KL     Eq. 13-14, 18
+    L_rea   mean over those of r and a      KL(q_rea || p)        the same                                          Eq. 15, 19
+    L_ref   mean over all tokens            KL(p || q_ref)        of the others: student first, reverse KL          Eq. 16, 20
+
+    loss = 1 L_perc + 1 L_rea + 2 L_ref,  each token's KL clipped at 0.05                                           Eq. 17, 21
+
+    --method opsd: KL(q_ref || p) on every token of every answer                                                    Eq. 4-6
+
+Where this differs from the paper, or from the code released with it:
+ 1. q_rea reads the student's description before r, as the paper says. The released code leaves it out: --reasoning-prefix slice.
+    With the description in its prefix the reasoning teacher's prompt has to ask for one: it is the reference teacher's.
+ 2. The clip is taken after the sum over the vocabulary, as in the code: a token above it gets no gradient (the log counts them).
+    --clip-entries clips each vocabulary entry before the sum instead.
+ 3. </think> and \\boxed{} are marked with r and a, as in the code (the paper: no delimiters); otherwise nothing would teach to close and
+    to box. The end token is not, unless --mark-end says so.
+ 4. An answer is in form if the tags come in order and d, r and a are not blank. The code lets blank ones pass.
+ 5. The means are over one update and all ranks. The code averages each micro-step by itself.
+ 6. The perception teacher's prompt ends in <description> as the student's does; the code has no tag there.
+ 7. Advantages, rewards and answers play no part; accuracy is logged.
+ 8. The presets train all weights (the paper: LoRA of rank 64 at learning rate 5e-6), with a frozen copy as p_0.
+ 9. The wording of the prompts is ours.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import common
+from kernels import topk_tail_divergence
+
+# ====================================================================================================== settings
+HUB = dict(data="LMMs-Lab-Turtle/Vision-SR1-47K", prompts=32, temperature=1.1, top_p=0.95, top_k=20, max_prompt=32768, max_response=4096,
+           lr=5e-6, schedule="linear", grad_clip=0.1, micro_batch=1, gradient_checkpointing=True, save_every=500)
+PRESETS = {
+    "toy": dict(student="toy/student", data="toy/train", eval_data="toy/test", column_reference="solution", prompts=64, max_steps=150, lr=5e-4,
+                warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400, clip=1.0),
+    "3b": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", **HUB),
+    "7b": dict(student="Qwen/Qwen2.5-VL-7B-Instruct", **HUB),
+    "opsd": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", method="opsd", **HUB),
+}
+
+
+@dataclass
+class Args(common.Args):
+    method: Literal["vigos", "opsd"] = "vigos"  # three views, or one privileged teacher for every token
+    column_reference: str = "answer"  # name of the column that the privileged teachers are shown: an answer or a worked solution
+    weight_perception: float = 1.0  # weight of L_perc (0 = the paper's ablation)
+    weight_reasoning: float = 1.0  # weight of L_rea (0 = the paper's ablation)
+    weight_reference: float = 2.0  # weight of L_ref, on answers that are out of form (0 = they are left out)
+    fallback: Literal["reverse_kl", "forward_kl"] = "reverse_kl"  # L_ref: KL(student || teacher), or the ablation KL(teacher || student)
+    divergence: Literal["forward_kl", "jsd", "top_k", "sampled"] = "forward_kl"  # opsd: of every token; top_k: JSD on both Top-K sets and a tail
+    support: int = 100  # opsd with top_k: tokens of each Top-K set
+    clip: float = 0.05  # largest KL of a token; above it there is no gradient; 0 = no limit
+    clip_entries: bool = False  # limit each vocabulary entry's share instead, before the sum
+    reasoning_prefix: Literal["full", "slice"] = "full"  # what the reasoning teacher reads: the whole answer, or (released code) r and a alone
+    mark_end: bool = False  # mark the end token of an answer in form as part of its reasoning
+
+
+# ====================================================================================================== contexts
+OPENING = "<description>"
+FORMAT = ("\nDescribe the image inside <description></description>, reason inside <think></think>, and put the final answer in \\boxed{}.")
+
+
+def ask(row: dict, text: str, prefill: str = OPENING) -> common.Context:
+    return common.Context([common.user_message(text, len(row["images"]))], row["images"], prefill)
+
+
+def question(row: dict) -> common.Context:
+    """I, x, format: what the student samples under and is trained in."""
+    return ask(row, row["problem"] + FORMAT)
+
+
+def image_alone(row: dict) -> common.Context:
+    """I: what the perception teacher sees. No question, no reference, no format."""
+    return ask(row, "")
+
+
+def privileged(row: dict) -> common.Context:
+    """I, x, a*, format: the reasoning teacher and the reference teacher."""
+    return ask(row, f"{row['problem']}\nReference solution: {row['reference']}{FORMAT}")
+
+
+def privileged_slice(row: dict) -> common.Context:
+    """The released code's reasoning teacher: no description before its reasoning."""
+    return ask(row, f"{row['problem']}\nReference solution: {row['reference']}{FORMAT}", "<think>")
+
+
+def contexts(args: Args) -> dict:
+    """The contexts that this run reads responses in, by name; the first is the one they are sampled under."""
+    if args.method == "opsd":
+        return {"question": question, "reference": privileged}
+    reasoning = privileged if args.reasoning_prefix == "full" else privileged_slice
+    return {"question": question, "perception": image_alone, "reasoning": reasoning, "reference": privileged}
+
+
+# ====================================================================================================== spans
+@dataclass
+class Spans:
+    """Tokens of a response, as half-open ranges; None where the response is out of form."""
+
+    description: tuple[int, int]
+    reasoning: tuple[int, int]  # r, </think> and the boxed answer
+
+
+BLANK = "\u0120\u010a\u0109\u010d"  # how byte-level tokens write space, newline, tab and carriage return
+
+
+def find_spans(pieces: list[str]) -> Spans | None:
+    """Where d and r, a are in a response whose tokens are written as `pieces`; the opening <description> is not part of it.
+
+    A token that holds a part of a tag before r, or of the one behind d, belongs to neither.
+    A 3 . </ description > <think> 3 </ think > \\boxed{ 3 } END  ->  description (0, 3), reasoning (7, 14)
+    """
+    text, starts = "".join(pieces), [0]
+    for piece in pieces:
+        starts.append(starts[-1] + len(piece))
+    close = text.find("</description>")
+    think = text.find("<think>", close)
+    end = text.find("</think>", think)
+    box = text.find("\\boxed{", end)
+    if min(close, think, end, box) < 0:
+        return None
+    answer, last = matched(text, box + len("\\boxed{"))
+    inside = think + len("<think>")
+    if answer is None or not all(part.strip(BLANK + " ") for part in (text[:close], text[inside:end], answer)):
+        return None
+    first = next(i for i, start in enumerate(starts) if start >= inside)
+    return Spans((0, max(i for i, start in enumerate(starts) if start <= close)), (first, next(i for i, start in enumerate(starts) if start >= last)))
+
+
+def matched(text: str, start: int) -> tuple[str | None, int]:
+    """What stands before the brace that closes one opened just before `start`, and the place behind that brace; None without one."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start:i], i + 1
+    return None, len(text)
+
+
+# ====================================================================================================== losses
+TERMS = ("forward", "reverse", "clipped", "log_p", "entropy")  # per token; the first two carry weight
+
+
+def limited(shares: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """A divergence from its shares [n, V] by vocabulary entry -> (the clipped divergence [n], whether a limit cut it [n])."""
+    if not args.clip:
+        return shares.sum(-1), torch.zeros_like(shares[:, 0])
+    if args.clip_entries:
+        return shares.clamp(max=args.clip).sum(-1), (shares.detach() > args.clip).any(-1).to(shares.dtype)
+    total = shares.sum(-1)
+    return total.clamp(max=args.clip), (total.detach() > args.clip).to(shares.dtype)
+
+
+def shares_of(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) by vocabulary entry: a (log a - log b), [n, V]."""
+    return log_a.exp() * (log_a - log_b).masked_fill(log_a == -torch.inf, 0.0)
+
+
+def terms(z: Tensor, y: Tensor, ids: Tensor, reverse: Tensor, args: Args) -> tuple[Tensor, ...]:
+    """TERMS per token, [n] each, from the student's logits z and the token's own teacher's y, [n, V]; reverse [n]: which KL it gets."""
+    log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
+    chosen = common.gather(log_p, ids)
+    if args.method == "opsd" and args.divergence == "sampled":  # its gradient is that of KL(student || teacher), over the student's samples
+        forward, forward_clipped = limited(((chosen - common.gather(log_q, ids)) ** 2 / 2)[:, None], args)
+    elif args.method == "opsd" and args.divergence == "top_k":
+        forward, forward_clipped = limited(topk_tail_divergence(z, y, args.support)[:, None], args)
+    elif args.method == "opsd" and args.divergence == "jsd":
+        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, device=z.device))
+        forward, forward_clipped = limited((shares_of(log_p, log_m) + shares_of(log_q, log_m)) / 2, args)
+    else:
+        forward, forward_clipped = limited(shares_of(log_q, log_p), args)  # Eq. 14, 15: KL(teacher || student)
+    backward, backward_clipped = limited(shares_of(log_p, log_q), args)  # Eq. 16: KL(student || teacher)
+    clipped = torch.where(reverse, backward_clipped, forward_clipped)
+    return forward, backward, clipped, chosen, common.entropy(log_p.detach())
+
+
+# ====================================================================================================== rollout
+@dataclass
+class Sample(common.Sample):
+    spans: Spans | None = None  # None: out of form
+
+
+def rollout(rows: list[dict], models: common.Models, args: Args) -> list[Sample]:
+    """The student answers this rank's questions, from <description> on; its answers are parted into d and r, a."""
+    samples = common.sample_responses(models.engine, rows, contexts(args), args, Sample)
+    common.reward_answers(samples, args.group)  # for the log alone
+    for s in samples:
+        s.spans = find_spans(models.processor.tokenizer.convert_ids_to_tokens(s.response.ids))
+    return samples
+
+
+# ====================================================================================================== score
+PARTS = ("perception", "reasoning", "reference")  # who marks a token
+
+
+@dataclass
+class Micro(common.Micro):
+    part: Tensor | None = None  # [n] number in PARTS of the teacher that marks the token; -1: nobody
+
+
+def gets_reverse_kl(part: Tensor, args: Args) -> Tensor:
+    """Which tokens [n] get KL(student || teacher): those that the reference teacher marks, by default."""
+    return (part == PARTS.index("reference")) & (args.method == "vigos" and args.fallback == "reverse_kl")
+
+
+def marked(sample: Sample, args: Args) -> dict[str, tuple[int, int]]:
+    """Teacher -> the range of the response's tokens that it marks."""
+    n = len(sample.response.ids)
+    if args.method == "opsd" or sample.spans is None:
+        return {"reference": (0, n)}
+    first, last = sample.spans.reasoning
+    return {"perception": sample.spans.description, "reasoning": (first, n if args.mark_end and sample.response.finished else last)}
+
+
+def score(samples: list[Sample], models: common.Models, args: Args) -> list[Micro]:
+    """The frozen model reads every response as each of the teachers that mark a part of it. Hidden states are kept, never logits."""
+    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_batch)
+    for m in micros:
+        prompts, responses, to, places = [], [], [], []  # one job a teacher and response; where its hidden states go
+        m.part, start, row = torch.full((len(m.ids),), -1, device=m.ids.device), 0, 0
+        for s in m.samples:
+            for name, (first, last) in marked(s, args).items():
+                skipped = s.spans.reasoning[0] if name == "reasoning" and args.reasoning_prefix == "slice" else 0
+                prompts.append(s.prompts[name])
+                responses.append(s.response.ids[skipped:])
+                to += range(start + first, start + last)
+                places += range(row + first - skipped, row + last - skipped)
+                m.part[start + first : start + last] = PARTS.index(name)
+                row += len(responses[-1])
+            start += len(s.response.ids)
+        with torch.no_grad():
+            hidden = models.teacher(models.processor.batch(prompts or [models.processor.blank()], responses or [[]]))
+            active = hidden.new_zeros(len(m.ids), hidden.shape[-1])
+            active[torch.tensor(to, dtype=torch.long, device=hidden.device)] = hidden[torch.tensor(places, dtype=torch.long, device=hidden.device)]
+        m.teacher = [active]  # [n, H]: each token's own teacher
+    return micros
+
+
+# ====================================================================================================== weigh
+def weigh(micros: list[Micro], args: Args) -> None:
+    """One weight per token and term: each part's weight over the tokens of that part, in the whole update on all ranks."""
+    part = torch.cat([m.part for m in micros])
+    counts = common.all_sum(torch.stack([(part == i).sum() for i in range(3)]).float()).clamp(min=1)
+    factors = torch.tensor([args.weight_perception, args.weight_reasoning, 1.0 if args.method == "opsd" else args.weight_reference], device=part.device)
+    for m in micros:
+        weight = torch.cat([factors / counts, torch.zeros(1, device=part.device)])[m.part]  # -1, nobody: the zero at the end
+        reverse = gets_reverse_kl(m.part, args)
+        m.weights = torch.zeros(len(TERMS), len(m.ids), device=part.device)
+        m.weights[0], m.weights[1] = weight * ~reverse, weight * reverse  # Eq. 17, 21
+
+
+# ====================================================================================================== update
+def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
+    """student.grad += gradient of the sum over micro-batches, terms and tokens of weight * term. One forward pass each."""
+    for m in micros:
+
+        def loss_fn(hidden, head):
+            return common.vocab_loss(lambda *tensors: terms(*tensors, args=args), m.weights, [hidden], head, [(h, models.head) for h in m.teacher],
+                                     [m.ids, gets_reverse_kl(m.part, args)], models.vocab, args.loss_chunk)
+
+        loss, m.terms = models.student(m.batch, loss_fn)
+        (loss * common.world_size()).backward()  # FSDP2 averages over ranks; the weights already hold the divisor
+
+
+def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
+    """One optimizer step, and what it is worth knowing about it."""
+    accumulate(micros, models, args)
+    return common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip) | statistics(micros, args)
+
+
+def statistics(micros: list[Micro], args: Args) -> dict:
+    """The three losses, each as the mean of its own tokens; shares of clipped tokens; over one update on all ranks."""
+    named = dict(zip(TERMS, torch.cat([m.terms for m in micros], dim=-1)))  # [N] each
+    length, part = torch.cat([m.length for m in micros]), torch.cat([m.part for m in micros])
+    loss = torch.where(gets_reverse_kl(part, args), named["reverse"], named["forward"])
+    sums = [torch.ones_like(length).sum(), (1 / length).sum(), named["entropy"].sum(), common.sampler_gap(micros, named["log_p"]).sum()]
+    for i in range(3):
+        mine = (part == i).float()
+        sums += [mine.sum(), (mine * loss).sum(), (mine * named["clipped"]).sum()]
+    tokens, responses, entropy, gap, *rest = common.all_sum(torch.stack(sums)).tolist()
+    log = {"response_length": tokens / responses, "entropy": entropy / tokens, "sampler_gap": gap / tokens}
+    for name, count, total, clipped in zip(PARTS, rest[0::3], rest[1::3], rest[2::3]):
+        log |= {name: total / count, f"clipped_{name}": clipped / count, f"tokens_{name}": count / tokens} if count else {}
+    return log
+
+
+# ====================================================================================================== main
+def check_settings(args: Args, given: set[str]) -> None:
+    """Stop at contradictions, and at flags that this run would ignore."""
+    if min(args.weight_perception, args.weight_reasoning, args.weight_reference, args.clip) < 0:
+        raise common.UserError("--weight-perception, --weight-reasoning, --weight-reference and --clip must not be negative")
+    if args.updates > 1:
+        raise common.UserError("--updates above 1 is not for this method: a divergence on old samples has no ratio that would mend it")
+    if not 1 <= args.support <= 1024:
+        raise common.UserError("--support must lie in [1, 1024]")
+    ignored = {"teacher": "the teachers are the frozen initial student"}
+    if args.method == "opsd":
+        ignored |= dict.fromkeys(("weight_perception", "weight_reasoning", "weight_reference", "fallback", "reasoning_prefix", "mark_end"),
+                                 "--method opsd has one teacher for every token")
+    else:
+        ignored["divergence"] = "--method vigos has a forward and a reverse KL"
+    if args.method != "opsd" or args.divergence != "top_k":
+        ignored["support"] = "only --method opsd --divergence top_k has one"
+    if not args.clip:
+        ignored["clip_entries"] = "--clip is 0"
+    common.refuse_ignored(args, given, ignored)
+
+
+def main() -> None:
+    args, given = common.parse_args(Args, PRESETS)
+    check_settings(args, given)
+    common.start_distributed(args)
+    run = common.Run("vigos", args)
+    processor = common.Processor(args.student)
+    held_out = common.load_rows(args, processor, {"question": question}, held_out=True)
+    train = common.load_rows(args, processor, contexts(args), columns={"reference": args.column_reference}, flags={"reference": "--column-reference"})
+    steps = common.count_steps(args, train)
+    models = common.load_models(args, processor, args.student, steps)
+
+    run.begin(f"{args.method}, {steps} steps of {args.prompts} questions x {args.group} responses, on {common.world_size()} ranks")
+    order = common.data_order(len(train), args.prompts, args.seed)
+    with common.Progress(run, steps) as progress:
+        progress.evaluate(models.engine, held_out, question, args)
+        for _ in progress:
+            samples = rollout([train[i] for i in common.my_share(next(order))], models, args)
+            progress.samples(samples, args, rewarded=True)
+            progress.log(common.mean_over_ranks({"out_of_form": [s.spans is None for s in samples]}))
+            progress.phase("rollout")
+            micros = score(samples, models, args)
+            progress.phase("score")
+            weigh(micros, args)
+            progress.log(update(micros, models, args))
+            progress.phase("update")
+            models.engine.sync(models.student.named_parameters())
+            progress.phase("sync")
+            progress.evaluate(models.engine, held_out, question, args)
+            progress.save(models, args)
+
+
+if __name__ == "__main__":
+    common.launch(main)
