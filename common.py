@@ -17,6 +17,7 @@ import base64
 import dataclasses
 import datetime
 import functools
+import http.client
 import importlib.util
 import io
 import json
@@ -26,6 +27,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -726,11 +728,15 @@ def writer(name: str, endpoint: str, args: Args):
     return lambda contexts: [(r.text, r.finished) for r in engine.generate([engine.processor.encode(c) for c in contexts], args.temperature)]
 
 
-def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, contexts: list[Context]) -> list[tuple[str, bool]]:
-    """One answer a context from an OpenAI-compatible endpoint, eight at a time. Overload and outages are waited for, up to a minute."""
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, contexts: list[Context]) -> list[tuple[str | None, bool]]:
+    """One answer a context from an OpenAI-compatible endpoint, eight at a time; None where it refuses the request.
 
-    def ask(context: Context) -> tuple[str, bool]:
+    Overload and outages are waited for, up to a minute. Raises UserError after that, and where the key or the address is wrong.
+    """
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    stopped = threading.Event()
+
+    def ask(context: Context) -> tuple[str | None, bool]:
         images = iter(context.images)
         messages = [m if isinstance(m["content"], str) else m | {"content": [
             {"type": "image_url", "image_url": {"url": as_data_url(next(images))}} if c["type"] == "image" else c for c in m["content"]]}
@@ -742,15 +748,27 @@ def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, cont
                     choice = json.load(answer)["choices"][0]
                     return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
             except urllib.error.HTTPError as e:
-                if e.code not in (408, 429) and e.code < 500 or wait is None:
-                    raise UserError(f"{url} refused: {e.code} {e.read().decode(errors='replace')[:300]}") from None
-            except (urllib.error.URLError, TimeoutError) as e:
-                if wait is None:
-                    raise UserError(f"{url} cannot be reached ({e}). What was written so far is kept: start again when it is back") from None
-            time.sleep(wait)
+                said = f"{e.code} {e.read().decode(errors='replace')[:300]}"
+                if e.code in (401, 403, 404):
+                    raise UserError(f"{url} refused: {said}. Look at the address, at --hint-model and at OPENAI_API_KEY") from None
+                if e.code < 500 and e.code not in (408, 429):
+                    print(f"{url} refused one request: {said}", file=sys.stderr)
+                    return None, True
+                trouble = said
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as e:  # no connection, cut off, or no such answer
+                trouble = repr(e)
+            if wait is None or stopped.is_set():
+                raise UserError(f"{url} does not answer as it should ({trouble}). What was written so far is kept: start again when it does")
+            if wait > 4:
+                print(f"{url}: {trouble}; trying again in {wait} s", file=sys.stderr)
+            stopped.wait(wait)
 
-    with ThreadPoolExecutor(8) as pool:
+    pool = ThreadPoolExecutor(8)
+    try:
         return list(pool.map(ask, contexts))
+    finally:
+        stopped.set()  # at an error or Ctrl-C: nobody waits out his minute
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def as_data_url(image) -> str:

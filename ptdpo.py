@@ -83,10 +83,10 @@ class Args(common.Args):
     tutor_context: Literal["hint", "question", "answer", "solution"] = "hint"  # what the tutor knows; solution: and the answer
     divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"  # forward: KL(tutor || student), reverse: KL(student || tutor)
     support: int = 100  # K: tokens of each Top-K set (Eq. 14)
-    average: Literal["token", "response"] | None = None  # the policy gradient's mean: over tokens, or within each response first
-    clip_low: float | None = None  # the probability ratio is clipped below 1 - clip_low
-    clip_high: float | None = None  # and above 1 + clip_high
-    kl: float | None = None  # beta: weight of KL(student || frozen initial model) (Eq. 3)
+    average: Literal["token", "response"] | None = None  # the policy gradient's mean: over tokens, or within each response first; None: gspo response, else token
+    clip_low: float | None = None  # the probability ratio is clipped below 1 - clip_low; None: gspo 3e-4, else 0.2
+    clip_high: float | None = None  # and above 1 + clip_high; None: grpo 0.3, dapo 0.28, gspo 4e-4
+    kl: float | None = None  # beta: weight of KL(student || frozen initial model) (Eq. 3); None: grpo 0.01, else 0
     draws: int = 4  # dapo draws questions at most so often to fill a batch with groups that are neither all right nor all wrong
     blind_tutor: bool = False  # the released code's tutor: the image left out
     drop_reference_kl: bool = False  # the released code's habit: no KL on the answers of groups below tau
@@ -388,6 +388,7 @@ def hint_prompt(row: dict, fault: str | None) -> common.Context:
 
 
 FAULTS = {
+    "refused": "the endpoint refused the request",
     "cut off": "it was too long to be finished",
     "form": "it has to be a line 'Look: ...' and a line 'Think: ...'",
     "evidence": "the 'Look' part has to name the visual evidence",
@@ -500,7 +501,7 @@ def make_hints(args: Args) -> None:
     store = common.Records(args.output or "runs/hints", {"data": args.data, "data_split": args.data_split} | columns)
     before = {record["row"]: record["hint"] for record in sorted(store.all(), key=lambda record: bool(record["hint"]))}
     pending = [i for i in range(len(rows)) if not before.get(rows.kept[i])][common.rank() :: common.world_size()]
-    common.say(f"hints for {len(rows)} rows, {sum(map(bool, before.values()))} of them written before; to {store.folder}")
+    common.say(f"hints for {len(rows)} rows, {sum(map(bool, before.values()))} of them written before, up to {args.max_response} tokens each; to {store.folder}")
     write = common.writer(args.hint_model, args.hint_endpoint, args)
     for picked in store.batches(pending, args.rollout_batch, "hints"):
         batch = [rows[i] for i in picked]
@@ -509,8 +510,8 @@ def make_hints(args: Args) -> None:
             todo = [i for i, record in enumerate(records) if not record["hint"]]
             answers = write([hint_prompt(batch[i], records[i]["faults"][-1] if records[i]["faults"] else None) for i in todo])
             for i, (text, finished) in zip(todo, answers):
-                hint = text.rpartition("</think>")[2].strip()
-                fault = hint_fault(hint, batch[i], finished)
+                hint = (text or "").rpartition("</think>")[2].strip()
+                fault = "refused" if text is None else hint_fault(hint, batch[i], finished)
                 records[i] |= {"faults": [*records[i]["faults"], fault]} if fault else {"hint": hint}
         store.add(records)
     done = {record["row"]: record for record in sorted(store.all(), key=lambda record: bool(record["hint"]))}  # a row with a hint keeps it
@@ -521,6 +522,8 @@ def make_hints(args: Args) -> None:
         data.to_parquet(store.folder / "rows.parquet")
         kept, regenerated = (sum(bool(r["hint"]) and bool(r["faults"]) == again for r in done.values()) for again in (False, True))
         rejected = {name: sum(r["faults"].count(name) for r in done.values()) for name in FAULTS}
+        if not kept + regenerated:
+            print("no hint was kept: look at the rejections, and at what the model writes")
         print(f"{kept} kept at once, {regenerated} after writing anew, {len(done) - kept - regenerated} dropped (empty hint); rejections: "
               + ", ".join(f"{name} {count}" for name, count in rejected.items()) + f"\nwritten to {store.folder / 'rows.parquet'}")
 
@@ -544,6 +547,10 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError(f"--average {args.average} contradicts --optimizer {args.optimizer}, whose mean is over {mean}s")
     if args.make_hints and not args.hint_model:
         raise common.UserError("--make-hints needs a model that writes them: --hint-model, and --hint-endpoint where another process serves it")
+    if args.hint_endpoint and not args.hint_endpoint.startswith(("http://", "https://")):
+        raise common.UserError(f"--hint-endpoint is {args.hint_endpoint!r}; it has to begin with http:// or https://")
+    if args.hint_attempts < 0:
+        raise common.UserError("--hint-attempts must not be negative")
     if args.analyze and (args.make_hints or not args.eval_data):
         raise common.UserError("--analyze needs held-out questions (--eval-data), and goes without --make-hints")
     if args.make_hints and "max_response" not in given:
@@ -587,13 +594,21 @@ def main() -> None:
         return analyze(common.load_models(args, processor, args.student, 0), held_out, args, run)
     extra = {name: columns[name] for name in columns if uses_tutor(args) and args.tutor_context == name}
     held_out = common.load_rows(args, processor, {"question": question}, held_out=True)
-    train = common.load_rows(args, processor, contexts(args), columns=extra)
+    try:
+        train = common.load_rows(args, processor, contexts(args), columns=extra)
+    except common.UserError as e:
+        if "hint" not in extra or f"no column {args.column_hint!r}" not in e.message:
+            raise
+        raise common.UserError(f"{e.message}; write hints with --make-hints; or go without: --tutor-context answer, or --lambda-ptd 0") from None
+    hints = sum(bool(str(hint or "").strip()) for hint in train.data.select(train.kept)[args.column_hint]) if "hint" in extra else 0
+    if "hint" in extra and not hints:
+        raise common.UserError(f"none of the {len(train)} rows of {args.data!r} has a hint in column {args.column_hint!r}: there is nothing to tutor with")
     steps = common.count_steps(args, train)
     models = common.load_models(args, processor, args.student if uses_tutor(args) or args.kl else None, steps * args.updates)
     if args.support > models.vocab:
         raise common.UserError(f"--support {args.support} is more than the {models.vocab} tokens of the vocabulary")
 
-    run.begin(f"{args.optimizer} (clip {args.clip_low}/{args.clip_high}, kl {args.kl}, mean over {args.average}s), lambda {args.lambda_ptd}, {steps} steps of "
+    run.begin(f"{args.optimizer} (clip {args.clip_low}/{args.clip_high}, kl {args.kl}, mean over {args.average}s), lambda {args.lambda_ptd}{f', hints for {hints} of {len(train)} rows' * ('hint' in extra)}, {steps} steps of "
               f"{args.prompts} questions x {args.group} responses in {args.updates} updates, "
               f"{args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
     order = common.data_order(len(train), args.prompts, args.seed)

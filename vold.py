@@ -99,6 +99,10 @@ class Args(common.Args):
     measure_share: int = 0  # every so many steps measure the gradients of both parts by themselves: two more passes; 0 = never
 
 
+STAGE_1 = ("student", "teacher", "instruction", "trace_data", "trace_split", "trace_column", "trace_rows", "right_traces_only", "sft_batch", "sft_steps",
+           "sft_lr", "sft_warmup", "seed")  # what its result depends on
+
+
 def distils(args: Args) -> bool:
     return args.beta > 0
 
@@ -502,8 +506,9 @@ def load_text(args: Args, processor: common.Processor, traces: bool) -> common.R
     found = common.load_rows(dataclasses.replace(args, data=data, data_split=split), processor, contexts(args), images=False,
                              answers=args.right_traces_only if traces else True, columns={"problem": column}, flags={"problem": flag},
                              pick=args.trace_rows if traces else 0)
-    if args.column_images in found.data.column_names and not args.ignore_images:
-        raise common.UserError(f"{data!r} has images (column {args.column_images!r}), and this method trains on text: a question may make no sense without "
+    pictures = [name for name, feature in found.data.features.items() if "Image(" in str(feature) or name == args.column_images]
+    if pictures and not args.ignore_images:
+        raise common.UserError(f"{data!r} has images (column {pictures[0]!r}), and this method trains on text: a question may make no sense without "
                                "its image. Choose other data, or use the questions alone with --ignore-images")
     return found
 
@@ -521,8 +526,18 @@ def main() -> None:
     # Everything that a later stage needs is looked at before the first one spends its hours.
     held_out = reader = train = asked = None
     trained = (base / "sft" / "final").exists() and args.stage == "all"
-    runs = {stage: common.Run("vold", dataclasses.replace(args, output=str(base / stage)))
-            for stage in ("sft", "rl") if args.stage in ("all", stage) and not (stage == "sft" and trained)}
+    of_stage = {"sft": args, "rl": dataclasses.replace(args, student=str(base / "sft" / "final") if args.stage == "all" else args.student)}
+    if trained:
+        before = json.loads((base / "sft" / "args.json").read_text())
+        changed = [name for name in STAGE_1 if before[name] != getattr(args, name)]
+        if changed:
+            raise common.UserError(f"{base / 'sft'} was trained with other settings ({', '.join(changed)}): choose another --output, or go on from it "
+                                   f"with --stage rl --student {base / 'sft' / 'final'}")
+    try:
+        runs = {stage: common.Run("vold", dataclasses.replace(of_stage[stage], output=str(base / stage)))
+                for stage in ("sft", "rl") if args.stage in ("all", stage) and not (stage == "sft" and trained)}
+    except common.UserError as e:
+        raise common.UserError(f"{e.message}. Once it is removed, the traces in {base}, and stage 1 if it is done, are used again") from None
     if args.stage in ("all", "traces") and not trained:
         asked = load_text(args, common.Processor(args.teacher), traces=True)
     if args.stage != "traces":
@@ -544,8 +559,7 @@ def main() -> None:
     gc.collect()  # the models of a stage go before those of the next come
     torch.cuda.empty_cache()
     if "rl" in runs:
-        student = str(base / "sft" / "final") if args.stage == "all" else args.student
-        rl(train, held_out, processor, reader, dataclasses.replace(args, student=student), runs["rl"])
+        rl(train, held_out, processor, reader, of_stage["rl"], runs["rl"])
 
 
 if __name__ == "__main__":

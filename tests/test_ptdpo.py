@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -190,7 +191,10 @@ def test_rows_without_hints_are_left_out_and_counted(tiny, tmp_path):
     assert 0 < sum(m["without_hint"] for m in metrics[1:]) / 2 < 1 and all(0 < m["tutored_tokens"] < 1 for m in metrics[1:])
     data.remove_columns("hint").to_parquet(tmp_path / "none.parquet")
     result = run_script("ptdpo.py", *flags(tiny, tmp_path / "other", teacher=None, group=2, data=tmp_path / "none.parquet"))
-    assert result.returncode != 0 and "no column 'hint'" in result.stderr and "--column-hint" in result.stderr
+    assert result.returncode != 0 and all(x in result.stderr for x in ("no column 'hint'", "--column-hint", "--make-hints", "--lambda-ptd 0"))
+    data.map(lambda row: {"hint": " "}).to_parquet(tmp_path / "blank.parquet")
+    result = run_script("ptdpo.py", *flags(tiny, tmp_path / "other", teacher=None, group=2, data=tmp_path / "blank.parquet"))
+    assert result.returncode != 0 and "none of the 24 rows" in result.stderr and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("message, changes", [
@@ -275,7 +279,6 @@ def test_a_hint_that_was_cut_off_is_rejected():
 def endpoint():
     """A server that speaks the protocol: the first hint for a row with an odd answer spoils it; one request in five meets an overload."""
     import http.server
-    import threading
 
     seen = []
 
@@ -285,6 +288,8 @@ def endpoint():
             seen.append(body)
             if len(seen) % 5 == 1:
                 return self.send_error(503)
+            if len(seen) % 7 == 2:
+                return self.connection.close()  # in the middle of an answer
             text = body["messages"][1]["content"][-1]["text"]
             answer = text.split("for you alone: ")[1].split("\n")[0]
             spoil = answer in "13579" and "rejected" not in text
@@ -336,6 +341,32 @@ def test_make_hints_with_an_endpoint_and_goes_on_where_it_stopped(tiny, tmp_path
     assert other.returncode != 0 and "choose another --output" in other.stderr
 
 
+def test_an_endpoint_that_refuses_one_request_costs_one_row():
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+            self.send_response({"filtered": 400, "no key": 401}.get(text, 200))
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "length" if text == "long" else "stop"}]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def ask(*texts):
+        contexts = [common.Context([{"role": "user", "content": text}]) for text in texts]
+        return common.ask_endpoint(f"http://127.0.0.1:{server.server_port}", "any", 8, 1.0, contexts)
+
+    assert ask("one", "filtered", "long") == [("one", True), (None, True), ("long", False)]
+    with pytest.raises(common.UserError, match="refused: 401"):
+        ask("one", "no key")
+    server.shutdown()
+
+
 def test_figures_3_and_5_on_worked_examples():
     assert [ptdpo.pass_at(n, 2, 4) for n in (1, 2, 3, 4)] == [0.5, 1 - 1 / 6, 1.0, 1.0] and ptdpo.pass_at(2, 0, 4) == 0
     z, y = torch.randn(2, 3, 6, dtype=torch.float64)
@@ -366,5 +397,5 @@ def test_make_hints_with_a_local_model(tiny, tmp_path):
     result = run_script("ptdpo.py", "--preset", "toy", "--make-hints", "--hint-model", tiny / "student", "--hint-attempts", 1, "--max-response", 8,
                         "--data", tiny / "rows.parquet", "--output", tmp_path / "hints")
     assert result.returncode == 0, result.stderr
-    found = re.search(r"0 kept at once, 0 after writing anew, 24 dropped .empty hint.; rejections: cut off (\d+), form (\d+)", result.stdout)
+    found = re.search(r"0 kept at once, 0 after writing anew, 24 dropped .empty hint.; rejections: refused 0, cut off (\d+), form (\d+)", result.stdout)
     assert found and int(found[1]) + int(found[2]) == 48, result.stdout

@@ -158,9 +158,11 @@ def test_all_stages(tiny, tmp_path, ranks):
     refused = run_script(*argv)  # both stages are there
     assert refused.returncode != 0 and "rl already holds a run" in refused.stderr
     shutil.rmtree(tmp_path / "run" / "rl")  # as if stage 2 had failed
+    other = run_script(*argv, "--sft-lr", "0.5")
+    assert other.returncode != 0 and "was trained with other settings (sft_lr)" in other.stderr
     again = run_script(*argv)
     assert again.returncode == 0 and "is there: going on with stage 2" in again.stdout and "stage 1," not in again.stdout, again.stderr
-    assert load_file(tmp_path / "run" / "rl" / "final" / "model.safetensors")
+    assert json.loads((tmp_path / "run" / "rl" / "args.json").read_text())["student"] == str(tmp_path / "run" / "sft" / "final")
 
 
 def test_traces_go_on_where_they_stopped_and_broken_ones_are_named(tiny, tmp_path):
@@ -250,13 +252,22 @@ def test_stage_2_in_every_variant(tiny, tmp_path, changes):
     ("--mask would have no effect", {"beta": 0, "mask": "none", "measure_share": None, "teacher": None}),
     ("--teacher would have no effect", {"beta": 0, "measure_share": None}), ("--beta-min would have no effect", {"beta_min": 0.1}),
     ("--freeze-vision would have no effect", {"freeze_vision": ""}), ("--sft-lr would have no effect", {"sft_lr": 1}),
-    ("no column", {"column_text": "nothing"}), ("is a text-only model", {"student": "tagged"}),
+    ("--column-text NAME", {"column_text": "nothing"}), ("is a text-only model", {"student": "tagged"}),
 ])  # fmt: skip
 def test_bad_settings(tiny, tmp_path, message, changes):
     changes = changes | ({"student": tiny / "tagged"} if "student" in changes else {})
     result = run_script(*rl_arguments(tiny, tmp_path / "run", **changes))
     assert result.returncode != 0 and message in result.stderr + result.stdout, result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_images_are_refused_whatever_their_column_is_called(tiny, tmp_path):
+    import datasets
+
+    data = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
+    data.rename_column("images", "picture").to_parquet(tmp_path / "rows.parquet")
+    result = run_script(*rl_arguments(tiny, tmp_path / "run", ignore_images=None, no_ignore_images="", data=tmp_path / "rows.parquet"))
+    assert result.returncode != 0 and "has images (column 'picture')" in result.stderr
 
 
 def test_stage_1_needs_traces_that_end(tiny, tmp_path):
