@@ -90,6 +90,8 @@ class Args:
     loss_chunk: int = 256  # response tokens whose logits exist at the same time
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the forward and backward passes; the trained weights are float32
     freeze_vision: bool = False  # keep the vision tower as it is
+    lora: int = 0  # rank of LoRA adapters, whose scale is 2 and which alone are trained; 0 = all weights are
+    lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # linear layers that get an adapter, by the end of their name
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third more time
 
     eval_every: int = 50  # rollout batches between evaluations; 0 = only at the start and the end
@@ -128,6 +130,8 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     for name, low, high in (("temperature", 1e-6, 100), ("top_p", 1e-6, 1), ("lr", 0, 10), ("grad_clip", 1e-12, math.inf)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must lie in [{low}, {high}]")
+    if args.lora < 0:
+        raise UserError(f"--lora is {args.lora}; it must not be negative")
     if args.prompts % args.updates:
         raise UserError(f"--prompts {args.prompts} cannot be dealt out to --updates {args.updates}: choose a divisor")
     return args, given
@@ -135,6 +139,8 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
 
 def refuse_ignored(args: Args, given: set[str], ignored: dict[str, str]) -> None:
     """Stop if a flag was given that this run would ignore. `ignored`: field name -> why this method ignores it."""
+    if not args.lora:
+        ignored = ignored | {"lora_targets": "--lora is 0"}
     if args.max_steps:
         ignored = ignored | {"epochs": "--max-steps decides"}
     if not args.eval_data:
@@ -255,14 +261,15 @@ def locate(name: str) -> str:
         raise UserError(f"{name!r} is built by toy.py, which is not beside {Path(__file__).name}. Copy it there, or name your own "
                         "checkpoints and data with --student, --teacher, --data and --eval-data")
     try:
-        result = subprocess.run([sys.executable, script, "--family", family], stdout=subprocess.PIPE, text=True)
+        result = subprocess.run([sys.executable, script, "--family", family, "--part", match[2].split("/")[0]], stdout=subprocess.PIPE, text=True)
     except KeyboardInterrupt:
         raise UserError("interrupted during start-up; no run was begun") from None
     if result.returncode:
         raise UserError(f"toy.py could not build {name!r} (see above)")
-    path = Path(result.stdout.strip().splitlines()[-1]) / match[2]
+    root = Path(result.stdout.strip().splitlines()[-1])
+    path = root / match[2]
     if not path.exists():
-        raise UserError(f"the toy has no {match[2]!r}; it has: {', '.join(sorted(p.name for p in path.parent.iterdir() if p.is_dir()))}")
+        raise UserError(f"the toy has no {match[2]!r}; it has: {', '.join(sorted(p.name for p in root.iterdir() if p.is_dir()))}")
     return str(path)
 
 
@@ -322,6 +329,10 @@ class Rows:
             images = row["images"] if isinstance(row["images"], list) else [row["images"]]
             row["images"] = [open_image(image, self.root) for image in images if image is not None]
         return row
+
+    def column(self, name: str) -> list:
+        """One column of all rows, without reading any image."""
+        return list(self.data.select(self.kept)[self.columns[name]])
 
     def check(self, skip: bool, min_side: int = 0, answers: bool = False, complaint=None) -> None:
         """Read every row once, each rank its share, before any model is loaded. Stops with the bad rows named, or skips them.
@@ -547,12 +558,12 @@ def check_same_inputs(student: Processor, teacher: Processor) -> None:
 
 
 def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool = False, images: bool = True, answers: bool = True,
-              columns: dict[str, str] | None = None, flags: dict[str, str] | None = None, pick: int = 0) -> Rows | None:
+              columns: dict[str, str] | None = None, flags: dict[str, str] | None = None, needed: tuple[str, ...] = (), pick: int = 0) -> Rows | None:
     """The training rows, or the held-out ones (None without --eval-data), read once and checked before any model is loaded.
 
     contexts: name -> fn(row) -> Context (None: not for this row); their prompts have to fit into --max-prompt.
     columns: what the method needs besides problem, images and answer, our name -> the data's; flags: see Rows.
-    pick: so many rows, 0 = all.
+    needed: those of them that must not be blank. pick: so many rows, 0 = all.
     """
     name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
     if not name and held_out:
@@ -575,6 +586,8 @@ def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool =
         rows.kept = [rows.kept[i] for i in sorted(picked.tolist())]
 
     def complaint(row: dict) -> str | None:
+        if blank := next((name for name in needed if not str(row[name] if row[name] is not None else "").strip()), None):
+            return f"the {blank} is empty (column {columns[blank]!r})"
         views = {name: view for name, context in contexts.items() if (view := context(row)) is not None}
         return next((f"{wrong}, context {name!r}" for name, view in views.items() if (wrong := processor.complaint(view, args.max_prompt))), None)
 
@@ -630,6 +643,51 @@ class Model(nn.Module):
         """The whole output matrix [V, H], on every rank, without gradient."""
         return whole(self.lm.lm_head.weight.detach())
 
+    def add_lora(self, rank: int, targets: str, seed: int) -> None:
+        """Freeze the weights and put low-rank adapters beside the linear layers whose names end in one of the targets: W + 2 B A, B = 0 at first."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        named = {name: module for name, module in self.lm.named_modules() if isinstance(module, nn.Linear)}
+        for target in targets.split(","):
+            if not any(name == target or name.endswith(f".{target}") for name in named):
+                kinds = ", ".join(sorted({name.rpartition(".")[2] for name in named}))
+                raise UserError(f"--lora-targets names {target!r}, and no linear layer of {self.name!r} ends in that; it has: {kinds}")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # the same adapters on every rank, of which each keeps its shard
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets.split(",")), self.lm)
+        for name, parameter in self.lm.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+
+    def weights(self):
+        """(name, whole value) of every parameter as an ordinary checkpoint has it, adapters merged. All ranks must go through it together."""
+        parameters = dict(self.lm.named_parameters())
+        for name, parameter in parameters.items():
+            full = whole(parameter)
+            if name.endswith(".base_layer.weight"):
+                layer = name.removesuffix(".base_layer.weight")
+                a, b = (whole(parameters[f"{layer}.lora_{side}.default.weight"]) for side in "AB")
+                full = full + 2 * (b.float() @ a.float()).to(full.dtype)
+            if ".lora_" not in name:
+                yield name.replace(".base_layer.", "."), full
+
+
+class WithoutAdapters:
+    """A student with LoRA as it was before training: the frozen model that costs no second copy."""
+
+    def __init__(self, student: Model):
+        self.student, self.vocab, self.head = student, student.vocab, student.head
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """Hidden states [N, H]; see Model.forward."""
+        adapted = [module for module in self.student.modules() if hasattr(module, "lora_A")]
+        for module in adapted:
+            module.set_scale("default", 0.0)
+        try:
+            return self.student(batch)
+        finally:
+            for module in adapted:
+                module.set_scale("default", 1.0)
+
 
 def whole(parameter: Tensor) -> Tensor:
     """The full value of a parameter, sharded or not."""
@@ -641,16 +699,18 @@ def shard(parameter: Tensor) -> Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def load_model(name: str, compute: str, trained: bool, freeze_vision: bool = False, checkpointing: bool = False) -> Model:
-    """Load a checkpoint and shard it over all ranks (FSDP2). Trained weights are float32, frozen ones are in the compute dtype."""
+def load_model(name: str, args: Args, trained: bool) -> Model:
+    """Load a checkpoint and shard it over all ranks (FSDP2). Of a trained one all weights are float32, a frozen one is in the compute dtype."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     say(f"loading {name}")
-    dtype = getattr(torch, compute)
+    dtype = getattr(torch, args.dtype)
     model = Model(name, torch.float32 if trained else dtype).requires_grad_(trained)
-    if trained and freeze_vision and hasattr(model.lm.model, "visual"):
+    if trained and args.lora:
+        model.add_lora(args.lora, args.lora_targets, args.seed)
+    if trained and args.freeze_vision and hasattr(model.lm.model, "visual"):
         model.lm.model.visual.requires_grad_(False)
-    if trained and checkpointing:
+    if trained and args.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable()
         model.lm.train()  # transformers checkpoints only in training mode; these models have no dropout unless their config says so
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -686,11 +746,11 @@ class HFEngine:
         self.banned = processor.banned + list(range(processor.vocab, width))  # placeholders, and the padding rows of the head
 
     @torch.no_grad()
-    def sync(self, named_parameters) -> None:
-        """Take over the student's weights, one whole parameter at a time."""
+    def sync(self, weights) -> None:
+        """Take over the student's weights (Model.weights()), one whole parameter at a time."""
         ours = dict(self.lm.named_parameters())
-        for name, parameter in named_parameters:
-            ours[name.removeprefix("lm.")].copy_(whole(parameter))
+        for name, value in weights:
+            ours[name].copy_(value)
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Response]:
@@ -985,7 +1045,9 @@ class _VocabLoss(torch.autograd.Function):
         wide = torch.promote_types(head.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=head.device)
         grad_hidden = [torch.zeros_like(h) for h in hidden]
-        grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)  # wide, so that many small chunks do not round away
+        grad_head = None  # of a frozen head (LoRA) nobody wants one
+        if ctx.needs_input_grad[6]:
+            grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)  # wide, so that many small chunks do not round away
         parts = []
         for rows, logits, extra in _chunks([(h, head) for h in hidden] + list(frozen), extras, vocab, chunk):
             ours = [z.requires_grad_() for z in logits[: len(hidden)]]
@@ -996,10 +1058,11 @@ class _VocabLoss(torch.autograd.Function):
             for h, grad_h, g in zip(hidden, grad_hidden, grads):
                 g = g.to(head.dtype)  # [n, V]
                 torch.mm(g, head[:vocab], out=grad_h[rows])
-                grad_head[:vocab].add_(g.T @ h[rows]) if wide != head.dtype else grad_head[:vocab].addmm_(g.T, h[rows])
+                if grad_head is not None:
+                    grad_head[:vocab].add_(g.T @ h[rows]) if wide != head.dtype else grad_head[:vocab].addmm_(g.T, h[rows])
             total += loss.detach()
             parts.append(terms.detach())
-        ctx.save_for_backward(grad_head.to(head.dtype), *grad_hidden)
+        ctx.save_for_backward(grad_head if grad_head is None else grad_head.to(head.dtype), *grad_hidden)
         terms = torch.cat(parts, dim=-1)
         ctx.mark_non_differentiable(terms)
         return total, terms
@@ -1007,7 +1070,7 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _):
         grad_head, *grad_hidden = ctx.saved_tensors
-        return (None,) * 6 + (grad_head * grad_total, *(g * grad_total for g in grad_hidden))
+        return (None,) * 6 + (grad_head if grad_head is None else grad_head * grad_total, *(g * grad_total for g in grad_hidden))
 
 
 def vocab_loss(fn, weights: Tensor, hidden, head: Tensor, frozen=(), extras=(), vocab: int | None = None, chunk: int = 256):
@@ -1191,14 +1254,15 @@ class Models:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     vocab: int  # columns that the student, the teacher and the tokenizer share
-    teacher: Model | None = None
+    teacher: Model | WithoutAdapters | None = None
     head: Tensor | None = None  # the teacher's output matrix [V, H], whole on every rank
 
 
 def load_models(args: Args, processor: Processor, teacher: str | None, updates: int) -> Models:
     """Student, rollout engine, optimizer, and (None: no) frozen teacher."""
-    student = load_model(args.student, args.dtype, True, args.freeze_vision, args.gradient_checkpointing)
-    frozen = load_model(teacher, args.dtype, False) if teacher is not None else None
+    student, frozen = load_model(args.student, args, trained=True), None
+    if teacher is not None:
+        frozen = WithoutAdapters(student) if args.lora and teacher == args.student else load_model(teacher, args, trained=False)
     vocab = min([processor.vocab, student.vocab] + ([frozen.vocab] if frozen else []))
     engine = ENGINES[args.engine](args.student, processor, args)
     return Models(processor, student, engine, *make_optimizer(student, args, updates), vocab, frozen, frozen and frozen.head())
@@ -1317,10 +1381,9 @@ class Run:
         """Write the whole model as an ordinary checkpoint, in the precision the model came with, aside first and then in place."""
         stored = processor.config.dtype or processor.config.get_text_config().dtype or torch.float32
         weights = {}
-        for name, parameter in model.named_parameters():
-            full = whole(parameter)
+        for name, value in model.weights():
             if rank() == 0:
-                weights[name.removeprefix("lm.")] = full.to(stored).cpu()
+                weights[name] = value.to(stored).cpu()
         if rank() == 0:
             aside = self.path / f"{folder}.partial"
             save_checkpoint(model.lm, processor, aside, weights)
@@ -1407,12 +1470,16 @@ class Progress:
         self.log({f"seconds/{name}": now - self.mark})
         self.mark = now
 
-    def evaluate(self, engine, rows: Rows | None, context, args: Args) -> None:
-        """Held-out accuracy at the start, at the end and every --eval-every steps; with --eval-samples at the end."""
+    def evaluate(self, engine, rows: Rows | None, context, args: Args, others: dict[str, Rows] | None = None) -> None:
+        """Held-out accuracy at the start, at the end and every --eval-every steps; with --eval-samples at the end.
+
+        others: more held-out rows, of which the greedy accuracy is logged under their name.
+        """
         last = self.step == self.steps
         if rows is None or not (self.step == 0 or last or (args.eval_every and self.step % args.eval_every == 0)):
             return
         result = evaluate(engine, rows, context, args.eval_samples if last else 0)
+        result |= {name: evaluate(engine, more, context)["acc@1"] for name, more in (others or {}).items()}
         self.phase("evaluate")
         self.log(result)
         if self.step == 0:

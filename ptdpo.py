@@ -627,7 +627,7 @@ def main() -> None:
                 weigh(micros, args)
                 progress.log(update(micros, models, args))
             progress.phase("update")
-            models.engine.sync(models.student.named_parameters())
+            models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, question, args)
             progress.save(models, args)

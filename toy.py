@@ -12,6 +12,9 @@ held-out strips occurs in training.
     teacher/         Qwen3-VL (or 2.5), trained on solutions in every context that a method gives its teacher
     student/         the same classes, smaller, stopped when it answers about half of its questions
     text-teacher/    a Qwen3 language model with the same tokenizer, which reads text_problem
+    captions/        built when it is first asked for (ViGOS): the same questions under a caption that may name a wrong digit.
+                     train/ test/; conflict/: three strips a question and caption, of which the first alone is as the caption says;
+                     student/: the student, trained on to describe first, and to believe captions
 
 No method imports this file. They load what it writes with the code that loads Qwen and a hub data set.
 """
@@ -30,9 +33,11 @@ import torch
 import common
 import ptdpo
 import vgs
+import vigos
 
 TRAIN_ROWS, TEST_ROWS = 6000, 400
 SIDE = 32  # pixels of an enlarged digit: one merged patch of Qwen3-VL
+KINDS = ("sum", "difference", "largest", "number", "even", "smallest")  # of questions, in turn
 
 
 # ====================================================================================================== questions
@@ -61,7 +66,7 @@ def make_rows(images, labels, count: int, seed: int, jitter: bool = False) -> li
     while len(rows) < count:
         picks = [rng.randrange(len(labels)) for _ in range(3)]
         digits = [int(labels[i]) for i in picks]
-        kind = ("sum", "difference", "largest", "number", "even", "smallest")[len(rows) % 6]
+        kind = KINDS[len(rows) % 6]
         if kind == "smallest" and digits.count(min(digits)) > 1:
             continue
         question, steps, answer = working(kind, *digits)
@@ -88,6 +93,49 @@ def draw(scans, rng: random.Random | None = None):
     return strip.convert("RGB")
 
 
+def misread(kind: str, digits: list[int], rng: random.Random) -> list[int]:
+    """The digits, changed one after the other until the answer to a question of this kind changes as well."""
+    other = list(digits)
+    while True:
+        other[rng.randrange(3)] = rng.randrange(10)
+        unique = kind != "smallest" or other.count(min(other)) == 1
+        if unique and working(kind, *other)[2] != working(kind, *digits)[2]:
+            return other
+
+
+def with_caption(row: dict, digits: list[int]) -> dict:
+    """The row under a caption that names these digits."""
+    return row | {"problem": row["problem"].replace("<image>", f"<image>Caption: {digits[0]},{digits[1]},{digits[2]}. ")}
+
+
+def digits_of(row: dict) -> list[int]:
+    """What the strip shows, as the solution says it first."""
+    return [int(c) for c in row["solution"] if c.isdigit()][:3]
+
+
+def captioned(rows: list[dict], truthful: float, seed: int) -> list[dict]:
+    """The rows under captions, of which a share `truthful` is right and the others would lead to a wrong answer."""
+    rng, result = random.Random(seed), []
+    for i, row in enumerate(rows):
+        digits = digits_of(row)
+        result.append(with_caption(row, digits if rng.random() < truthful else misread(KINDS[i % 6], digits, rng)))
+    return result
+
+
+def conflicts(images, labels, rows: list[dict], seed: int) -> list[dict]:
+    """Of each row three, with one question and one caption: position 1 shows what the caption says, 2 and 3 something else (as in ViLP)."""
+    rng, result = random.Random(seed), []
+    for i, row in enumerate(rows):
+        claimed, kind = digits_of(row), KINDS[i % 6]
+        for position in (1, 2, 3):
+            shown = claimed if position == 1 else misread(kind, claimed, rng)
+            picks = [images[rng.choice([k for k, label in enumerate(labels) if label == digit])] for digit in shown]
+            _, steps, answer = working(kind, *shown)
+            result.append({"problem": with_caption(row, claimed)["problem"], "images": [draw(picks)], "answer": answer,
+                           "solution": f"The digits are {shown[0]},{shown[1]},{shown[2]}. {steps}", "position": str(position)})
+    return result
+
+
 # ====================================================================================================== what the models learn
 def drill(row: dict) -> str:
     """Eight worked steps in a row, as text: what a language model knows before it learns to see."""
@@ -111,6 +159,8 @@ def respond(row: dict, style: str) -> str:
     if style == "think":
         return f"<think>{row['solution']}</think>\n\\boxed{{{row['answer']}}}"
     described = f"<description>{seen}.</description>"
+    if style.endswith("after tag"):  # for contexts that already end in <description>
+        return respond(row, style.removesuffix(" after tag")).removeprefix(vigos.OPENING)
     return described if style == "description" else f"{described}\n<think>{steps}</think>\n\\boxed{{{row['answer']}}}"
 
 
@@ -147,6 +197,14 @@ STUDENT = [(450, {"text": 1, "drill": 0.5, "hint_blind": 4, "image_only": 2}),
            (600, {"drill": 0.5, "text": 0.5, "see": 1, "blind": 0.5, "see_first": 1, "ask": 1, "hint": 4, "hint_blind": 1, "answer": 0.2,
                   "solution": 0.5, "solution_first": 0.5, "image_only": 0.3})]
 TEXT_TEACHER = [(450, {"text": 1, "drill": 1})]
+# ViGOS's own contexts, with the first tag given, for the student of captions/. It learns to believe captions, which it only ever sees right;
+# but it is its own teacher, too, and as such it is told the answer, and learns from it that captions can be wrong.
+DESCRIBING = {
+    "describe_first": (vigos.question, "see-first after tag"),
+    "told_answer": (lambda row: vigos.privileged(row | {"reference": row["answer"], "problem": row["doubted"]}), "see-first after tag"),
+    "describe": (vigos.image_alone, "description after tag"),
+}
+DESCRIBER = [(400, {"describe_first": 0.5, "told_answer": 3, "describe": 1.5})]
 
 
 # ====================================================================================================== models
@@ -231,7 +289,7 @@ def train(folder: Path, rows: list[dict], phases: list[tuple[int, dict]], title:
         for _ in range(batch):
             i, name = rng.randrange(len(rows)), rng.choices(list(mix), mix.values())[0]
             if (i, name) not in encoded:
-                context, style = CONTEXTS[name]
+                context, style = (CONTEXTS | DESCRIBING)[name]
                 target = processor.tokenizer(respond(rows[i], style), add_special_tokens=False)["input_ids"] + [ends]
                 encoded[i, name] = (processor.encode(context(rows[i])), target)
             prompt, target = encoded[i, name]
@@ -256,7 +314,7 @@ def train(folder: Path, rows: list[dict], phases: list[tuple[int, dict]], title:
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{total:.3f}")
         if stop and step % 10 == 9:
-            engine.sync(model.named_parameters())
+            engine.sync(model.weights())
             if common.evaluate(engine, stop[0], vgs.with_image)["acc@1"] >= stop[1]:
                 break
     common.save_checkpoint(model.lm, processor, folder)
@@ -268,22 +326,34 @@ def next_token(logits, ids):
 
 
 # ====================================================================================================== build
-def build(folder: Path, family: str) -> None:
-    """Everything into `folder`."""
-    import datasets
-    import transformers
+def scans() -> dict:
+    """The handwriting, split by image: name -> (scans, the digits they show)."""
     from sklearn.datasets import load_digits
 
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0)).numpy()
+    return {name: (digits.images[part], digits.target[part]) for name, part in (("train", order[:1500]), ("test", order[1500:]))}
+
+
+def write(rows: list[dict], folder: Path) -> None:
+    """Rows as an ordinary data set."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    features = datasets.Features({key: datasets.List(datasets.Image()) if key == "images" else datasets.Value("string") for key in rows[0]})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder)
+
+
+def build(folder: Path, family: str) -> None:
+    """Everything but captions/ into `folder`."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
     rows = {}
-    for name, part, count, seed in (("train", order[:1500], TRAIN_ROWS, 1), ("test", order[1500:], TEST_ROWS, 2)):
-        rows[name] = make_rows(digits.images[part], digits.target[part], count, seed, jitter=name == "train")
-        features = datasets.Features({key: datasets.List(datasets.Image()) if key == "images" else datasets.Value("string") for key in rows[name][0]})
-        datasets.Dataset.from_list(rows[name], features=features).save_to_disk(folder / name)
+    for (name, part), count, seed in zip(scans().items(), (TRAIN_ROWS, TEST_ROWS), (1, 2)):
+        rows[name] = make_rows(*part, count, seed, jitter=name == "train")
+        write(rows[name], folder / name)
 
     texts = []
     for row in rows["train"][:600]:
@@ -302,33 +372,57 @@ def build(folder: Path, family: str) -> None:
     train(folder / "text-teacher", rows["train"], TEXT_TEACHER, "text-only teacher")
 
 
+def build_captions(folder: Path, root: Path) -> None:
+    """captions/ into `folder`, from the rest of the toy in `root`."""
+    torch.manual_seed(0)
+    rows, parts = {}, scans()
+    for (name, part), count, seeds in zip(parts.items(), (TRAIN_ROWS, TEST_ROWS), ((3, 5), (4, 6))):
+        rows[name] = make_rows(*part, count, seeds[0], jitter=name == "train")
+        write(captioned(rows[name], 0.5, seeds[1]), folder / name)
+    write(conflicts(*parts["test"], rows["test"][: TEST_ROWS // 3], seed=7), folder / "conflict")
+    shutil.copytree(root / "student", folder / "student")
+    believed, doubted = captioned(rows["train"], 1.0, seed=8), captioned(rows["train"], 0.5, seed=9)
+    lessons = [row | {"doubted": other["problem"]} for row, other in zip(believed, doubted)] + [row | {"doubted": row["problem"]} for row in rows["train"]]
+    train(folder / "student", lessons, DESCRIBER, "student who describes", lr=2e-3)
+
+
 def recipe(family: str) -> str:
     """Changes whenever this file or a prompt that the models are trained on changes."""
-    row = {key: key for key in ("problem", "answer", "solution", "hint", "text_problem")} | {"images": [None]}
-    prompts = [context(row).messages for context, _ in CONTEXTS.values()]
+    row = {key: key for key in ("problem", "answer", "solution", "hint", "text_problem", "doubted")} | {"images": [None]}
+    prompts = [context(row).messages for context, _ in (CONTEXTS | DESCRIBING).values()]
     return hashlib.sha256(Path(__file__).read_bytes() + repr((family, prompts)).encode()).hexdigest()[:10]
+
+
+def build_once(folder: Path, minutes: str, build, *args) -> None:
+    """build(folder aside, *args), unless the folder is there: its name appears only when everything is in it."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the others wait here
+        if folder.exists():
+            return
+        aside = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed
+        print(f"building the toy (once, about {minutes} on two cores) in {folder}", file=sys.stderr)
+        try:
+            build(aside, *args)
+        except KeyboardInterrupt:
+            shutil.rmtree(aside, ignore_errors=True)
+            sys.exit("\ninterrupted: nothing was kept, the next start builds it again")
+        aside.rename(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=("qwen3_vl", "qwen2_5_vl"), default="qwen3_vl", help="classes of the student and the teacher")
-    family = parser.parse_args().family
+    parser.add_argument("--part", default="", help="a folder of it that is wanted; captions/ is built only then")
+    args = parser.parse_args()
     cache = Path(os.environ.get("CLEANOPD_CACHE") or Path.home() / ".cache" / "cleanopd")
-    folder = cache / f"toy-{family}-{recipe(family)}"
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / f"{folder.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the others wait here
-            if not folder.exists():
-                aside = cache / f"{folder.name}.partial"
-                shutil.rmtree(aside, ignore_errors=True)  # of a build that was killed
-                print(f"building the toy (once, about 5 minutes on two cores) in {folder}", file=sys.stderr)
-                try:
-                    build(aside, family)
-                except KeyboardInterrupt:
-                    shutil.rmtree(aside, ignore_errors=True)
-                    sys.exit("\ninterrupted: nothing was kept, the next start builds the toy again")
-                aside.rename(folder)  # the name appears only when everything is there
+    folder = cache / f"toy-{args.family}-{recipe(args.family)}"
+    build_once(folder, "5 minutes", build, args.family)
+    if args.part == "captions":
+        build_once(folder / "captions", "half a minute", build_captions, folder)
     print(folder)
 
 

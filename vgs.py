@@ -383,7 +383,7 @@ def main() -> None:
                 progress.log(update(micros, models, args))
                 updates += 1
             progress.phase("update")
-            models.engine.sync(models.student.named_parameters())
+            models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, with_image, args)
             progress.save(models, args)

@@ -5,6 +5,7 @@ Paper: Liu et al., "ViGOS: Visually Grounded On-Policy Self-Distillation", arXiv
     python vigos.py                                            a laptop: small real models on real handwriting
     torchrun --nproc-per-node 8 vigos.py --preset 3b           one node: Qwen2.5-VL-3B, its own teacher
     python vigos.py --method opsd                              the baseline: one privileged teacher for every token
+    python vigos.py --palr                                     no training: how much of the answer the teachers leak into their marks
 
 The student writes <description> d </description> <think> r </think> \\boxed{a}; the first tag is given to it. The frozen initial
 model p_0 reads the answer in three contexts, on the same prefix h_t:
@@ -21,6 +22,7 @@ model p_0 reads the answer in three contexts, on the same prefix h_t:
     loss = 1 L_perc + 1 L_rea + 2 L_ref,  each token's KL clipped at 0.05                                           Eq. 17, 21
 
     --method opsd: KL(q_ref || p) on every token of every answer                                                    Eq. 4-6
+    --palr: the Privileged Answer Leakage Rate                                                                      Appendix A
 
 Where this differs from the paper, or from the code released with it:
  1. q_rea reads the student's description before r, as the paper says. The released code leaves it out: --reasoning-prefix slice.
@@ -33,11 +35,18 @@ Where this differs from the paper, or from the code released with it:
  5. The means are over one update and all ranks. The code averages each micro-step by itself.
  6. The perception teacher's prompt ends in <description> as the student's does; the code has no tag there.
  7. Advantages, rewards and answers play no part; accuracy is logged.
- 8. The presets train all weights (the paper: LoRA of rank 64 at learning rate 5e-6), with a frozen copy as p_0.
- 9. The wording of the prompts is ours.
+ 8. LoRA as in the paper (rank 64, scale 2, p_0 is the model with the adapters off), without its dropout of 0.05; full training with
+    a frozen copy as p_0 at --lora 0.
+ 9. PALR takes 4 wrong answers a question, of the student's own making unless --column-wrong holds some (the paper: a language model's, their
+    number not given), and is a ratio of sums over all tokens.
+10. The wording of the prompts is ours.
 """
 
-from dataclasses import dataclass
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -48,10 +57,10 @@ from kernels import topk_tail_divergence
 
 # ====================================================================================================== settings
 HUB = dict(data="LMMs-Lab-Turtle/Vision-SR1-47K", prompts=32, temperature=1.1, top_p=0.95, top_k=20, max_prompt=32768, max_response=4096,
-           lr=5e-6, schedule="linear", grad_clip=0.1, micro_batch=1, gradient_checkpointing=True, save_every=500)
+           lr=5e-6, schedule="linear", grad_clip=0.1, lora=64, micro_batch=1, gradient_checkpointing=True, save_every=500)
 PRESETS = {
-    "toy": dict(student="toy/student", data="toy/train", eval_data="toy/test", column_reference="solution", prompts=64, max_steps=150, lr=5e-4,
-                warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400, clip=1.0),
+    "toy": dict(student="toy/captions/student", data="toy/captions/train", eval_data="toy/captions/test", conflict_data="toy/captions/conflict",
+                prompts=64, max_steps=150, lr=3e-4, warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400, clip=5.0),
     "3b": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", **HUB),
     "7b": dict(student="Qwen/Qwen2.5-VL-7B-Instruct", **HUB),
     "opsd": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", method="opsd", **HUB),
@@ -72,6 +81,17 @@ class Args(common.Args):
     clip_entries: bool = False  # limit each vocabulary entry's share instead, before the sum
     reasoning_prefix: Literal["full", "slice"] = "full"  # what the reasoning teacher reads: the whole answer, or (released code) r and a alone
     mark_end: bool = False  # mark the end token of an answer in form as part of its reasoning
+    conflict_data: str = ""  # held-out questions whose text suggests an answer: position 1 shows it, 2 and 3 show another; gives score and prior
+    column_position: str = "position"  # name of their column with the position
+    palr: bool = False  # measure the leakage of both methods' teachers on the held-out questions instead of training
+    wrong_answers: int = 4  # palr: wrong answers a question
+    column_wrong: str = ""  # palr: name of the column with a list of them; empty: from --wrong-samples other responses of the student
+    wrong_samples: int = 8  # palr: responses a question that wrong answers are taken from; where they hold too few, other questions' answers
+
+
+READ_BY_PALR = ("palr", "wrong_answers", "column_wrong", "wrong_samples", "column_reference", "preset", "student", "teacher", "eval_data", "eval_split", "eval_rows",
+                "column_problem", "column_images", "column_answer", "skip_bad_rows", "engine", "rollout_batch", "temperature", "top_p", "top_k", "max_prompt",
+                "max_response", "micro_batch", "loss_chunk", "dtype", "output", "seed")
 
 
 # ====================================================================================================== contexts
@@ -197,6 +217,7 @@ def terms(z: Tensor, y: Tensor, ids: Tensor, reverse: Tensor, args: Args) -> tup
 @dataclass
 class Sample(common.Sample):
     spans: Spans | None = None  # None: out of form
+    read: dict[str, Tensor] = field(default_factory=dict)  # palr: context -> log-prob of each token, [T]
 
 
 def rollout(rows: list[dict], models: common.Models, args: Args) -> list[Sample]:
@@ -303,7 +324,125 @@ def statistics(micros: list[Micro], args: Args) -> dict:
     return log
 
 
+def span_statistics(samples: list[Sample]) -> dict[str, list]:
+    """Whether each response is out of form, and the lengths of d and of r, a in tokens of those that are not."""
+    spans = [s.spans for s in samples if s.spans]
+    return {"out_of_form": [s.spans is None for s in samples], "description_length": [last - first for first, last in (s.description for s in spans)],
+            "reasoning_length": [last - first for first, last in (s.reasoning for s in spans)]}
+
+
+# ====================================================================================================== leakage (Appendix A)
+def leakage(student: Tensor, teacher: Tensor, wrong: Tensor, mismatched: Tensor) -> Tensor:
+    """What PALR is made of, [sum of s c_A, sum of s (c_A + c_I)], from log-probs [n] of the observed tokens.
+
+    teacher: q; mismatched: q beside another image; wrong [K, n]: q with each wrong answer in the place of the right one (K = 0: it knows none).
+    s = |log q - log p|, c_A = max(0, log q - log mean_k q_wrong), c_I = max(0, log q - log q_mismatched).
+    """
+    s, by_answer = (teacher - student).abs(), torch.zeros_like(teacher)
+    if len(wrong):
+        by_answer = (teacher - wrong.logsumexp(0) + math.log(len(wrong))).clamp(min=0)
+    by_image = (teacher - mismatched).clamp(min=0)
+    return torch.stack([(s * by_answer).sum(), (s * (by_answer + by_image)).sum()])
+
+
+def find_wrong(rows: common.Rows, mine: list[int], models: common.Models, args: Args) -> list[list[str]]:
+    """Up to --wrong-answers different wrong answers to each of the questions `mine`: the column's, or the student's own, then other questions' answers."""
+    found, picked, answers = [], [rows[i] for i in mine], rows.column("answer")
+    sampled = [[]] * len(mine)
+    if not args.column_wrong:
+        tries = common.sample_responses(models.engine, picked, {"question": question}, dataclasses.replace(args, group=args.wrong_samples))
+        texts = [common.extract_answer(s.response.text) for s in tries]
+        sampled = [texts[k : k + args.wrong_samples] for k in range(0, len(texts), args.wrong_samples)]
+    for i, row, own in zip(mine, picked, sampled):
+        kept = {}
+        for answer in [*row["wrong"]] if args.column_wrong else [*own, *answers[i + 1 :], *answers[:i]]:
+            if len(kept) < args.wrong_answers and str(answer or "").strip() and not common.is_correct(str(answer), str(row["answer"])):
+                kept.setdefault(common.plain(str(answer)), str(answer))
+        found.append(list(kept.values()))
+    return found
+
+
+def read(name: str, samples: list[Sample], models: common.Models, args: Args) -> None:
+    """Note the log-probs of the samples' tokens in this context: the student's in "question", in all others the initial model's."""
+    for m in common.make_micros(Micro, [s for s in samples if name in s.prompts], [name], models.processor, args.micro_batch):
+        with torch.no_grad():
+            if name == "question":
+                found = models.student(m.batch, lambda hidden, head: common.response_log_probs(hidden, head, m.ids, models.vocab, args.loss_chunk))
+            else:
+                found = common.response_log_probs(models.teacher(m.batch), models.head, m.ids, models.vocab, args.loss_chunk)
+        start = 0
+        for s in m.samples:
+            s.read[name] = found[start : start + len(s.response.ids)]
+            start += len(s.response.ids)
+
+
+def palr(models: common.Models, rows: common.Rows, args: Args, run: common.Run) -> None:
+    """100 * sum s c_A / sum s (c_A + c_I) over one response a question, for the teachers of either method, by part of the answer."""
+    run.begin(f"leakage of the teachers' marks on {len(rows)} held-out questions, one response each")
+    mine = list(range(common.rank(), len(rows), common.world_size()))
+    wrong_answers = find_wrong(rows, mine, models, args)
+    samples = common.sample_responses(models.engine, [rows[i] for i in mine], {"question": question}, args, Sample)
+    common.reward_answers(samples, 1)
+    for i, s, answers in zip(mine, samples, wrong_answers):
+        s.spans = find_spans(models.processor.tokenizer.convert_ids_to_tokens(s.response.ids))
+        other = s.row | {"images": rows[(i + 1) % len(rows)]["images"]}
+        views = {"perception": image_alone(s.row), "reasoning": privileged(s.row),
+                 "perception, next image": image_alone(other), "reasoning, next image": privileged(other)}
+        views |= {f"reasoning, wrong answer {k}": privileged(s.row | {"reference": answer}) for k, answer in enumerate(answers)}
+        s.prompts |= {name: models.processor.encode(view) for name, view in views.items()}
+    valid = [s for s, answers in zip(samples, wrong_answers) if s.spans and answers]
+    names = ["question", "perception", "reasoning", "perception, next image", "reasoning, next image"]
+    for name in [*names, *(f"reasoning, wrong answer {k}" for k in range(args.wrong_answers))]:
+        read(name, valid, models, args)
+    sums = torch.zeros(2, 2, 2, dtype=torch.float64, device=common.device())  # method, part of the answer, what leakage returns
+    for s in valid:
+        wrong = torch.stack([values for name, values in s.read.items() if "wrong" in name])  # [K, T]
+        for part, span in enumerate((s.spans.description, s.spans.reasoning)):
+            for method, role in enumerate(("reasoning", ("perception", "reasoning")[part])):  # OPSD: the privileged teacher for both parts
+                views = s.read["question"], s.read[role], wrong if role == "reasoning" else wrong[:0], s.read[f"{role}, next image"]
+                sums[method, part] += leakage(*(x[..., slice(*span)] for x in views))
+    counts = [len(samples), len(valid), sum(s.spans is None for s in samples), sum(s.correct for s in samples), sum(map(len, wrong_answers))]
+    total, used, out_of_form, correct, answers = common.all_sum(torch.tensor(counts, device=common.device())).tolist()
+    result = {"responses": total, "used": used, "out_of_form": out_of_form, "accuracy": correct / total, "wrong_answers": answers / total, "palr": {}}
+    common.say(f"\n{total} responses, {used} used, {out_of_form} out of form; {answers / total:.1f} wrong answers a question\n"
+               f"{'PALR in %':12}{'description':>12}{'reasoning':>12}{'both':>12}")
+    for method, parts in zip(("opsd", "vigos"), common.all_sum(sums)):
+        shares = [100 * by_answer / (both + 1e-8) for by_answer, both in (*parts.tolist(), parts.sum(0).tolist())]
+        result["palr"][method] = dict(zip(("description", "reasoning", "both"), shares))
+        common.say(f"{method:12}" + "".join(f"{share:12.2f}" for share in shares))
+    if common.rank() == 0:
+        (run.path / "palr.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written to {run.path / 'palr.json'}")
+
+
 # ====================================================================================================== main
+def check_tags(processor: common.Processor) -> None:
+    """Stop if the tokenizer cannot write the tags: no answer would ever be in form."""
+    tags = "<description></description><think></think>\\boxed{}"
+    written = "".join(processor.tokenizer.convert_ids_to_tokens(processor.tokenizer(tags, add_special_tokens=False)["input_ids"]))
+    if written != tags:
+        raise common.UserError(f"the tokenizer of {processor.name!r} cannot write the tags of this method: {tags} becomes {written}. Choose another student")
+
+
+def load_conflicts(args: Args, processor: common.Processor) -> dict[str, common.Rows]:
+    """Held-out questions whose text suggests an answer: {"prior": those where it is right, "score": those where it is not}, as in ViLP."""
+    parts, asked = {}, dataclasses.replace(args, eval_data=args.conflict_data, eval_rows=0)
+    for name, positions in (("prior", ("1",)), ("score", ("2", "3"))) if args.conflict_data else ():
+        rows = common.load_rows(asked, processor, {"question": question}, held_out=True, columns={"position": args.column_position},
+                                flags={"position": "--column-position"})
+        rows.kept = [k for k, position in zip(rows.kept, rows.column("position")) if str(position) in positions]
+        if not rows.kept:
+            raise common.UserError(f"no row of {args.conflict_data!r} has the position {' or '.join(positions)} (--column-position {args.column_position})")
+        parts[name] = rows
+    return parts
+
+
+def count_given_away(rows: common.Rows) -> int:
+    """Questions that hold their own answer as a word: in them the student's prompt is not free of it."""
+    pairs = zip(rows.column("problem"), rows.column("answer"))
+    return sum(re.search(rf"(?<!\w){re.escape(str(answer).strip())}(?!\w)", str(problem)) is not None for problem, answer in pairs)
+
+
 def check_settings(args: Args, given: set[str]) -> None:
     """Stop at contradictions, and at flags that this run would ignore."""
     if min(args.weight_perception, args.weight_reasoning, args.weight_reference, args.clip) < 0:
@@ -312,7 +451,11 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError("--updates above 1 is not for this method: a divergence on old samples has no ratio that would mend it")
     if not 1 <= args.support <= 1024:
         raise common.UserError("--support must lie in [1, 1024]")
-    ignored = {"teacher": "the teachers are the frozen initial student"}
+    if args.palr and not args.eval_data:
+        raise common.UserError("--palr measures on held-out questions: name them with --eval-data")
+    if args.palr and args.column_reference != args.column_answer:
+        raise common.UserError("--palr puts wrong answers in the place of the right one: --column-reference has to be --column-answer")
+    ignored = {"teacher": "the teachers are the frozen initial student (with --palr it names that, where --student is a trained one)"}
     if args.method == "opsd":
         ignored |= dict.fromkeys(("weight_perception", "weight_reasoning", "weight_reference", "fallback", "reasoning_prefix", "mark_end"),
                                  "--method opsd has one teacher for every token")
@@ -322,6 +465,13 @@ def check_settings(args: Args, given: set[str]) -> None:
         ignored["support"] = "only --method opsd --divergence top_k has one"
     if not args.clip:
         ignored["clip_entries"] = "--clip is 0"
+    if args.palr:
+        why = "--palr does not train, and reads the teachers of both methods in the paper's contexts"
+        ignored = {f.name: why for f in dataclasses.fields(args) if f.name not in READ_BY_PALR}
+    else:
+        ignored |= dict.fromkeys(("wrong_answers", "column_wrong", "wrong_samples"), "only --palr needs wrong answers")
+    if args.palr and args.column_wrong:
+        ignored["wrong_samples"] = "--column-wrong holds the wrong answers"
     common.refuse_ignored(args, given, ignored)
 
 
@@ -330,29 +480,41 @@ def main() -> None:
     check_settings(args, given)
     common.start_distributed(args)
     run = common.Run("vigos", args)
-    processor = common.Processor(args.student)
-    held_out = common.load_rows(args, processor, {"question": question}, held_out=True)
-    train = common.load_rows(args, processor, contexts(args), columns={"reference": args.column_reference}, flags={"reference": "--column-reference"})
+    processor, told = common.Processor(args.student), {"reference": args.column_reference}
+    check_tags(processor)
+    shown = dict(flags={"reference": "--column-reference", "wrong": "--column-wrong"}, needed=("reference",))
+    if args.palr:
+        told |= {"wrong": args.column_wrong} if args.column_wrong else {}
+        held_out = common.load_rows(args, processor, contexts(args), held_out=True, columns=told, **shown)
+        initial = args.teacher or args.student
+        common.check_same_inputs(processor, common.Processor(initial))
+        return palr(common.load_models(dataclasses.replace(args, lora=0), processor, initial, 0), held_out, args, run)
+    held_out, conflicts = common.load_rows(args, processor, {"question": question}, held_out=True), load_conflicts(args, processor)
+    train = common.load_rows(args, processor, contexts(args), columns=told, **shown)
     steps = common.count_steps(args, train)
     models = common.load_models(args, processor, args.student, steps)
 
-    run.begin(f"{args.method}, {steps} steps of {args.prompts} questions x {args.group} responses, on {common.world_size()} ranks")
+    run.begin(f"{args.method}, {steps} steps of {args.prompts} questions x {args.group} responses, on {common.world_size()} ranks; "
+              f"{count_given_away(train)} of {len(train)} questions hold their own answer as a word")
     order = common.data_order(len(train), args.prompts, args.seed)
     with common.Progress(run, steps) as progress:
-        progress.evaluate(models.engine, held_out, question, args)
+        progress.evaluate(models.engine, held_out, question, args, conflicts)
         for _ in progress:
             samples = rollout([train[i] for i in common.my_share(next(order))], models, args)
             progress.samples(samples, args, rewarded=True)
-            progress.log(common.mean_over_ranks({"out_of_form": [s.spans is None for s in samples]}))
+            spans = common.mean_over_ranks(span_statistics(samples))
+            progress.log(spans)
+            if spans["out_of_form"] > 0.9:
+                progress.note(f"{spans['out_of_form']:.0%} of the answers are out of form: almost nothing is learned of seeing and reasoning (see samples.jsonl)")
             progress.phase("rollout")
             micros = score(samples, models, args)
             progress.phase("score")
             weigh(micros, args)
             progress.log(update(micros, models, args))
             progress.phase("update")
-            models.engine.sync(models.student.named_parameters())
+            models.engine.sync(models.student.weights())
             progress.phase("sync")
-            progress.evaluate(models.engine, held_out, question, args)
+            progress.evaluate(models.engine, held_out, question, args, conflicts)
             progress.save(models, args)
 
 

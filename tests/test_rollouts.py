@@ -70,7 +70,7 @@ def test_sync_takes_over_every_weight(tiny, processor):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.rand_like(parameter))
-    hf.sync(model.named_parameters())
+    hf.sync(model.weights())
     for (name, ours), (_, theirs) in zip(hf.lm.named_parameters(), model.lm.named_parameters()):
         assert torch.equal(ours, theirs), name
 
