@@ -483,6 +483,8 @@ class Processor:
 
         Cheap: pixels are not made, and a text that cannot be too long is not tokenized.
         """
+        if self.image_id is None and context.images:
+            return f"it shows an image, and {self.name!r} is a text-only model"
         text, placeholder = self.render(context), self.tokenizer.convert_ids_to_tokens(self.image_id) if self.image_id is not None else None
         if placeholder and text.count(placeholder) != len(context.images):
             return f"the text holds an image placeholder of its own ({placeholder}); remove it"
@@ -558,12 +560,13 @@ def check_same_inputs(student: Processor, teacher: Processor) -> None:
 
 
 def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool = False, images: bool = True, answers: bool = True,
-              columns: dict[str, str] | None = None, flags: dict[str, str] | None = None, needed: tuple[str, ...] = (), pick: int = 0) -> Rows | None:
+              columns: dict[str, str] | None = None, flags: dict[str, str] | None = None, needed: tuple[str, ...] = (), pick: int = 0,
+              flag: str = "--eval-data") -> Rows | None:
     """The training rows, or the held-out ones (None without --eval-data), read once and checked before any model is loaded.
 
     contexts: name -> fn(row) -> Context (None: not for this row); their prompts have to fit into --max-prompt.
     columns: what the method needs besides problem, images and answer, our name -> the data's; flags: see Rows.
-    needed: those of them that must not be blank. pick: so many rows, 0 = all.
+    needed: those of them that must not be blank. flag: the one that names held-out rows. pick: so many rows, 0 = all.
     """
     name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
     if not name and held_out:
@@ -579,7 +582,7 @@ def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool =
     except UserError as e:
         if not held_out:
             raise
-        raise UserError(f"{e.message}\nThat was --eval-data; --eval-data '' turns evaluation off") from None
+        raise UserError(f"{e.message}\nThat was {flag}; {flag} '' turns this evaluation off") from None
     pick = args.eval_rows if held_out else pick
     if 0 < pick < len(rows):  # the same random ones in every run: data sets are often sorted
         picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:pick]
@@ -647,7 +650,7 @@ class Model(nn.Module):
         """Freeze the weights and put low-rank adapters beside the linear layers whose names end in one of the targets: W + 2 B A, B = 0 at first."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        named = {name: module for name, module in self.lm.named_modules() if isinstance(module, nn.Linear)}
+        named = {name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear) and module is not self.lm.lm_head}  # the loss reads that itself
         for target in targets.split(","):
             if not any(name == target or name.endswith(f".{target}") for name in named):
                 kinds = ", ".join(sorted({name.rpartition(".")[2] for name in named}))
@@ -674,8 +677,13 @@ class Model(nn.Module):
 class WithoutAdapters:
     """A student with LoRA as it was before training: the frozen model that costs no second copy."""
 
-    def __init__(self, student: Model):
-        self.student, self.vocab, self.head = student, student.vocab, student.head
+    def __init__(self, student: Model, dtype: torch.dtype):
+        """dtype: of the forward passes; the student's own weights are float32."""
+        self.student, self.vocab, self.dtype = student, student.vocab, dtype
+
+    def head(self) -> Tensor:
+        """The whole output matrix [V, H], on every rank."""
+        return self.student.head().to(self.dtype)
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Hidden states [N, H]; see Model.forward."""
@@ -1262,7 +1270,8 @@ def load_models(args: Args, processor: Processor, teacher: str | None, updates: 
     """Student, rollout engine, optimizer, and (None: no) frozen teacher."""
     student, frozen = load_model(args.student, args, trained=True), None
     if teacher is not None:
-        frozen = WithoutAdapters(student) if args.lora and teacher == args.student else load_model(teacher, args, trained=False)
+        same = args.lora and teacher == args.student
+        frozen = WithoutAdapters(student, getattr(torch, args.dtype)) if same else load_model(teacher, args, trained=False)
     vocab = min([processor.vocab, student.vocab] + ([frozen.vocab] if frozen else []))
     engine = ENGINES[args.engine](args.student, processor, args)
     return Models(processor, student, engine, *make_optimizer(student, args, updates), vocab, frozen, frozen and frozen.head())

@@ -15,6 +15,8 @@ held-out strips occurs in training.
     captions/        built when it is first asked for (ViGOS): the same questions under a caption that may name a wrong digit.
                      train/ test/; conflict/: three strips a question and caption, of which the first alone is as the caption says;
                      student/: the student, trained on to describe first, and to believe captions
+    math/            built when it is first asked for (Reopold on text alone): train/ test/ with the digits named in the question,
+                     teacher/: text-teacher/, trained on in Reopold's prompt, student/: a smaller one, half-trained
 
 No method imports this file. They load what it writes with the code that loads Qwen and a hub data set.
 """
@@ -32,6 +34,7 @@ import torch
 
 import common
 import ptdpo
+import reopold
 import vgs
 import vigos
 
@@ -204,6 +207,8 @@ DESCRIBING = {
     "told_answer": (lambda row: vigos.privileged(row | {"reference": row["answer"], "problem": row["doubted"]}), "see-first after tag"),
     "describe": (vigos.image_alone, "description after tag"),
 }
+TEXT_ALONE = {"ask_text": (lambda row: reopold.question({"problem": row["text_problem"]}), "think")}  # Reopold's, for the models of math/
+MATH_TEACHER, MATH_STUDENT = [(150, {"ask_text": 1})], [(250, {"ask_text": 1})]
 DESCRIBER = [(400, {"describe_first": 0.5, "told_answer": 3, "describe": 1.5})]
 
 
@@ -289,7 +294,7 @@ def train(folder: Path, rows: list[dict], phases: list[tuple[int, dict]], title:
         for _ in range(batch):
             i, name = rng.randrange(len(rows)), rng.choices(list(mix), mix.values())[0]
             if (i, name) not in encoded:
-                context, style = (CONTEXTS | DESCRIBING)[name]
+                context, style = (CONTEXTS | DESCRIBING | TEXT_ALONE)[name]
                 target = processor.tokenizer(respond(rows[i], style), add_special_tokens=False)["input_ids"] + [ends]
                 encoded[i, name] = (processor.encode(context(rows[i])), target)
             prompt, target = encoded[i, name]
@@ -341,11 +346,11 @@ def write(rows: list[dict], folder: Path) -> None:
 
     datasets.disable_progress_bars()
     features = datasets.Features({key: datasets.List(datasets.Image()) if key == "images" else datasets.Value("string") for key in rows[0]})
-    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder)
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(folder))
 
 
 def build(folder: Path, family: str) -> None:
-    """Everything but captions/ into `folder`."""
+    """Everything but PARTS into `folder`."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -386,10 +391,30 @@ def build_captions(folder: Path, root: Path) -> None:
     train(folder / "student", lessons, DESCRIBER, "student who describes", lr=2e-3)
 
 
+def build_math(folder: Path, root: Path) -> None:
+    """math/ into `folder`, from the rest of the toy in `root`."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    rows = {}
+    for (name, part), count, seed in zip(scans().items(), (TRAIN_ROWS, TEST_ROWS), (10, 11)):
+        rows[name] = make_rows(*part, count, seed)
+        write([{"problem": row["text_problem"], "answer": row["answer"], "solution": row["solution"]} for row in rows[name]], folder / name)
+    shutil.copytree(root / "text-teacher", folder / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(root / "text-teacher")
+    make_model("qwen3", tokenizer, 64, 2, 0, 512).save_pretrained(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
+    train(folder / "teacher", rows["train"], MATH_TEACHER, "teacher of text", lr=1e-3)
+    train(folder / "student", rows["train"], MATH_STUDENT, "student of text")
+
+
+PARTS = {"captions": build_captions, "math": build_math}  # what is built only when it is asked for
+
+
 def recipe(family: str) -> str:
     """Changes whenever this file or a prompt that the models are trained on changes."""
     row = {key: key for key in ("problem", "answer", "solution", "hint", "text_problem", "doubted")} | {"images": [None]}
-    prompts = [context(row).messages for context, _ in (CONTEXTS | DESCRIBING).values()]
+    prompts = [context(row).messages for context, _ in (CONTEXTS | DESCRIBING | TEXT_ALONE).values()]
     return hashlib.sha256(Path(__file__).read_bytes() + repr((family, prompts)).encode()).hexdigest()[:10]
 
 
@@ -416,13 +441,13 @@ def build_once(folder: Path, minutes: str, build, *args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=("qwen3_vl", "qwen2_5_vl"), default="qwen3_vl", help="classes of the student and the teacher")
-    parser.add_argument("--part", default="", help="a folder of it that is wanted; captions/ is built only then")
+    parser.add_argument("--part", default="", help="a folder of it that is wanted; captions/ and math/ are built only then")
     args = parser.parse_args()
     cache = Path(os.environ.get("CLEANOPD_CACHE") or Path.home() / ".cache" / "cleanopd")
     folder = cache / f"toy-{args.family}-{recipe(args.family)}"
     build_once(folder, "5 minutes", build, args.family)
-    if args.part == "captions":
-        build_once(folder / "captions", "half a minute", build_captions, folder)
+    if args.part in PARTS:
+        build_once(folder / args.part, "half a minute", PARTS[args.part], folder)
     print(folder)
 
 

@@ -37,9 +37,12 @@ Where this differs from the paper, or from the code released with it:
  7. Advantages, rewards and answers play no part; accuracy is logged.
  8. LoRA as in the paper (rank 64, scale 2, p_0 is the model with the adapters off), without its dropout of 0.05; full training with
     a frozen copy as p_0 at --lora 0.
- 9. PALR takes 4 wrong answers a question, of the student's own making unless --column-wrong holds some (the paper: a language model's, their
-    number not given), and is a ratio of sums over all tokens.
-10. The wording of the prompts is ours.
+ 9. PALR takes 4 wrong answers a question: --column-wrong's, or else the student's own, then other questions' answers (the paper: a language
+    model's, their number not given). It is a ratio of sums over all tokens; </think> and \\boxed{} count as in 3; responses without any
+    wrong answer are left out.
+10. OPSD answers in the same form, from the same prompt (the paper's same-prompt table; its main table has a plain one).
+11. All images of a row are shown (the code: the first), and the reference as its column holds it (the code strips tags and boxes).
+12. The wording of the prompts is ours.
 """
 
 import dataclasses
@@ -81,7 +84,7 @@ class Args(common.Args):
     clip_entries: bool = False  # limit each vocabulary entry's share instead, before the sum
     reasoning_prefix: Literal["full", "slice"] = "full"  # what the reasoning teacher reads: the whole answer, or (released code) r and a alone
     mark_end: bool = False  # mark the end token of an answer in form as part of its reasoning
-    conflict_data: str = ""  # held-out questions whose text suggests an answer: position 1 shows it, 2 and 3 show another; gives score and prior
+    conflict_data: str = ""  # (split: --eval-split) held-out questions whose text suggests an answer: position 1 shows it, 2 and 3 show another; gives score and prior
     column_position: str = "position"  # name of their column with the position
     palr: bool = False  # measure the leakage of both methods' teachers on the held-out questions instead of training
     wrong_answers: int = 4  # palr: wrong answers a question
@@ -97,6 +100,7 @@ READ_BY_PALR = ("palr", "wrong_answers", "column_wrong", "wrong_samples", "colum
 # ====================================================================================================== contexts
 OPENING = "<description>"
 FORMAT = ("\nDescribe the image inside <description></description>, reason inside <think></think>, and put the final answer in \\boxed{}.")
+FORMAT_SLICE = "\nReason inside <think></think>, and put the final answer in \\boxed{}."
 
 
 def ask(row: dict, text: str, prefill: str = OPENING) -> common.Context:
@@ -120,7 +124,7 @@ def privileged(row: dict) -> common.Context:
 
 def privileged_slice(row: dict) -> common.Context:
     """The released code's reasoning teacher: no description before its reasoning."""
-    return ask(row, f"{row['problem']}\nReference solution: {row['reference']}{FORMAT}", "<think>")
+    return ask(row, f"{row['problem']}\nReference solution: {row['reference']}{FORMAT_SLICE}", "<think>")
 
 
 def contexts(args: Args) -> dict:
@@ -243,13 +247,13 @@ def gets_reverse_kl(part: Tensor, args: Args) -> Tensor:
     return (part == PARTS.index("reference")) & (args.method == "vigos" and args.fallback == "reverse_kl")
 
 
-def marked(sample: Sample, args: Args) -> dict[str, tuple[int, int]]:
-    """Teacher -> the range of the response's tokens that it marks."""
+def marked(sample: Sample, args: Args) -> dict[str, list[int]]:
+    """Teacher -> the numbers of the response's tokens that it marks."""
     n = len(sample.response.ids)
     if args.method == "opsd" or sample.spans is None:
-        return {"reference": (0, n)}
-    first, last = sample.spans.reasoning
-    return {"perception": sample.spans.description, "reasoning": (first, n if args.mark_end and sample.response.finished else last)}
+        return {"reference": list(range(n))}
+    end = [n - 1] if args.mark_end and sample.response.finished else []
+    return {"perception": list(range(*sample.spans.description)), "reasoning": [*range(*sample.spans.reasoning), *end]}
 
 
 def score(samples: list[Sample], models: common.Models, args: Args) -> list[Micro]:
@@ -259,13 +263,13 @@ def score(samples: list[Sample], models: common.Models, args: Args) -> list[Micr
         prompts, responses, to, places = [], [], [], []  # one job a teacher and response; where its hidden states go
         m.part, start, row = torch.full((len(m.ids),), -1, device=m.ids.device), 0, 0
         for s in m.samples:
-            for name, (first, last) in marked(s, args).items():
+            for name, tokens in marked(s, args).items():
                 skipped = s.spans.reasoning[0] if name == "reasoning" and args.reasoning_prefix == "slice" else 0
                 prompts.append(s.prompts[name])
                 responses.append(s.response.ids[skipped:])
-                to += range(start + first, start + last)
-                places += range(row + first - skipped, row + last - skipped)
-                m.part[start + first : start + last] = PARTS.index(name)
+                to += [start + t for t in tokens]
+                places += [row + t - skipped for t in tokens]
+                m.part[[start + t for t in tokens]] = PARTS.index(name)
                 row += len(responses[-1])
             start += len(s.response.ids)
         with torch.no_grad():
@@ -355,16 +359,25 @@ def find_wrong(rows: common.Rows, mine: list[int], models: common.Models, args: 
         sampled = [texts[k : k + args.wrong_samples] for k in range(0, len(texts), args.wrong_samples)]
     for i, row, own in zip(mine, picked, sampled):
         kept = {}
-        for answer in [*row["wrong"]] if args.column_wrong else [*own, *answers[i + 1 :], *answers[:i]]:
-            if len(kept) < args.wrong_answers and str(answer or "").strip() and not common.is_correct(str(answer), str(row["answer"])):
-                kept.setdefault(common.plain(str(answer)), str(answer))
+        for answer in row["wrong"] or [] if args.column_wrong else [*own, *answers[i + 1 :], *answers[:i]]:
+            text = "" if answer is None else str(answer).strip()
+            if len(kept) < args.wrong_answers and text and not common.is_correct(text, str(row["answer"])):
+                kept.setdefault(common.plain(text), text)
         found.append(list(kept.values()))
     return found
 
 
+def palr_views(rows: common.Rows, i: int, wrong: list[str]) -> dict:
+    """The teachers' contexts for row i, as it is, beside the next row's image, and with each wrong answer in the place of the right one."""
+    row = rows[i]
+    other = row | {"images": rows[(i + 1) % len(rows)]["images"]}
+    views = {"perception": image_alone(row), "reasoning": privileged(row), "perception, next image": image_alone(other), "reasoning, next image": privileged(other)}
+    return views | {f"reasoning, wrong answer {k}": privileged(row | {"reference": answer}) for k, answer in enumerate(wrong)}
+
+
 def read(name: str, samples: list[Sample], models: common.Models, args: Args) -> None:
     """Note the log-probs of the samples' tokens in this context: the student's in "question", in all others the initial model's."""
-    for m in common.make_micros(Micro, [s for s in samples if name in s.prompts], [name], models.processor, args.micro_batch):
+    for m in common.make_micros(Micro, samples, [name], models.processor, args.micro_batch):
         with torch.no_grad():
             if name == "question":
                 found = models.student(m.batch, lambda hidden, head: common.response_log_probs(hidden, head, m.ids, models.vocab, args.loss_chunk))
@@ -383,17 +396,20 @@ def palr(models: common.Models, rows: common.Rows, args: Args, run: common.Run) 
     wrong_answers = find_wrong(rows, mine, models, args)
     samples = common.sample_responses(models.engine, [rows[i] for i in mine], {"question": question}, args, Sample)
     common.reward_answers(samples, 1)
-    for i, s, answers in zip(mine, samples, wrong_answers):
+    for s in samples:
         s.spans = find_spans(models.processor.tokenizer.convert_ids_to_tokens(s.response.ids))
-        other = s.row | {"images": rows[(i + 1) % len(rows)]["images"]}
-        views = {"perception": image_alone(s.row), "reasoning": privileged(s.row),
-                 "perception, next image": image_alone(other), "reasoning, next image": privileged(other)}
-        views |= {f"reasoning, wrong answer {k}": privileged(s.row | {"reference": answer}) for k, answer in enumerate(answers)}
-        s.prompts |= {name: models.processor.encode(view) for name, view in views.items()}
-    valid = [s for s, answers in zip(samples, wrong_answers) if s.spans and answers]
-    names = ["question", "perception", "reasoning", "perception, next image", "reasoning, next image"]
+    used = [(i, s, answers) for i, s, answers in zip(mine, samples, wrong_answers) if s.spans and answers]
+    read("question", [s for _, s, _ in used], models, args)
+    names = ["perception", "reasoning", "perception, next image", "reasoning, next image"]
     for name in [*names, *(f"reasoning, wrong answer {k}" for k in range(args.wrong_answers))]:
-        read(name, valid, models, args)
+        having = []
+        for i, s, answers in used:  # one context at a time: their images are most of the memory
+            view = palr_views(rows, i, answers).get(name)
+            if view is not None:
+                s.prompts = {name: models.processor.encode(view)}
+                having.append(s)
+        read(name, having, models, args)
+    valid = [s for _, s, _ in used]
     sums = torch.zeros(2, 2, 2, dtype=torch.float64, device=common.device())  # method, part of the answer, what leakage returns
     for s in valid:
         wrong = torch.stack([values for name, values in s.read.items() if "wrong" in name])  # [K, T]
@@ -403,13 +419,15 @@ def palr(models: common.Models, rows: common.Rows, args: Args, run: common.Run) 
                 sums[method, part] += leakage(*(x[..., slice(*span)] for x in views))
     counts = [len(samples), len(valid), sum(s.spans is None for s in samples), sum(s.correct for s in samples), sum(map(len, wrong_answers))]
     total, used, out_of_form, correct, answers = common.all_sum(torch.tensor(counts, device=common.device())).tolist()
+    if not used:
+        raise common.UserError(f"none of the {total} responses can be used: {out_of_form} are out of form, and the others have no wrong answer beside them")
     result = {"responses": total, "used": used, "out_of_form": out_of_form, "accuracy": correct / total, "wrong_answers": answers / total, "palr": {}}
     common.say(f"\n{total} responses, {used} used, {out_of_form} out of form; {answers / total:.1f} wrong answers a question\n"
                f"{'PALR in %':12}{'description':>12}{'reasoning':>12}{'both':>12}")
     for method, parts in zip(("opsd", "vigos"), common.all_sum(sums)):
-        shares = [100 * by_answer / (both + 1e-8) for by_answer, both in (*parts.tolist(), parts.sum(0).tolist())]
+        shares = [100 * by_answer / (both + 1e-8) if both else None for by_answer, both in (*parts.tolist(), parts.sum(0).tolist())]
         result["palr"][method] = dict(zip(("description", "reasoning", "both"), shares))
-        common.say(f"{method:12}" + "".join(f"{share:12.2f}" for share in shares))
+        common.say(f"{method:12}" + "".join("-".rjust(12) if share is None else f"{share:12.2f}" for share in shares))
     if common.rank() == 0:
         (run.path / "palr.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"written to {run.path / 'palr.json'}")
@@ -429,7 +447,7 @@ def load_conflicts(args: Args, processor: common.Processor) -> dict[str, common.
     parts, asked = {}, dataclasses.replace(args, eval_data=args.conflict_data, eval_rows=0)
     for name, positions in (("prior", ("1",)), ("score", ("2", "3"))) if args.conflict_data else ():
         rows = common.load_rows(asked, processor, {"question": question}, held_out=True, columns={"position": args.column_position},
-                                flags={"position": "--column-position"})
+                                flags={"position": "--column-position"}, flag="--conflict-data")
         rows.kept = [k for k, position in zip(rows.kept, rows.column("position")) if str(position) in positions]
         if not rows.kept:
             raise common.UserError(f"no row of {args.conflict_data!r} has the position {' or '.join(positions)} (--column-position {args.column_position})")
@@ -451,10 +469,16 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError("--updates above 1 is not for this method: a divergence on old samples has no ratio that would mend it")
     if not 1 <= args.support <= 1024:
         raise common.UserError("--support must lie in [1, 1024]")
+    if min(args.wrong_answers, args.wrong_samples) < 1:
+        raise common.UserError("--wrong-answers and --wrong-samples must be at least 1")
     if args.palr and not args.eval_data:
         raise common.UserError("--palr measures on held-out questions: name them with --eval-data")
     if args.palr and args.column_reference != args.column_answer:
         raise common.UserError("--palr puts wrong answers in the place of the right one: --column-reference has to be --column-answer")
+    if args.conflict_data and not args.eval_data and not args.palr:
+        if "conflict_data" in given:
+            raise common.UserError("--conflict-data is evaluated whenever --eval-data is: name that as well")
+        args.conflict_data = ""  # the preset's
     ignored = {"teacher": "the teachers are the frozen initial student (with --palr it names that, where --student is a trained one)"}
     if args.method == "opsd":
         ignored |= dict.fromkeys(("weight_perception", "weight_reasoning", "weight_reference", "fallback", "reasoning_prefix", "mark_end"),
@@ -465,6 +489,14 @@ def check_settings(args: Args, given: set[str]) -> None:
         ignored["support"] = "only --method opsd --divergence top_k has one"
     if not args.clip:
         ignored["clip_entries"] = "--clip is 0"
+    elif args.method == "opsd" and args.divergence in ("top_k", "sampled"):
+        ignored["clip_entries"] = f"--divergence {args.divergence} has no entries of the vocabulary"
+    if args.method == "vigos" and not args.weight_reference:
+        ignored["fallback"] = "--weight-reference is 0"
+    if args.method == "vigos" and not args.weight_reasoning:
+        ignored |= dict.fromkeys(("reasoning_prefix", "mark_end"), "--weight-reasoning is 0")
+    if not args.conflict_data:
+        ignored["column_position"] = "there is no --conflict-data"
     if args.palr:
         why = "--palr does not train, and reads the teachers of both methods in the paper's contexts"
         ignored = {f.name: why for f in dataclasses.fields(args) if f.name not in READ_BY_PALR}
@@ -488,6 +520,9 @@ def main() -> None:
         held_out = common.load_rows(args, processor, contexts(args), held_out=True, columns=told, **shown)
         initial = args.teacher or args.student
         common.check_same_inputs(processor, common.Processor(initial))
+        kind = type(held_out[0].get("wrong"))
+        if args.column_wrong and kind not in (list, type(None)):
+            raise common.UserError(f"--column-wrong {args.column_wrong}: every row has to hold a list of wrong answers, not a {kind.__name__}")
         return palr(common.load_models(dataclasses.replace(args, lora=0), processor, initial, 0), held_out, args, run)
     held_out, conflicts = common.load_rows(args, processor, {"question": question}, held_out=True), load_conflicts(args, processor)
     train = common.load_rows(args, processor, contexts(args), columns=told, **shown)

@@ -29,6 +29,7 @@ def make_tiny(folder: Path, family: str = "qwen3_vl") -> None:
     rows = toy.make_rows(digits.images, digits.target, 24, seed=0)
     features = datasets.Features({key: datasets.List(datasets.Image()) if key == "images" else datasets.Value("string") for key in rows[0]})
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "rows.parquet")
+    toy.write(toy.conflicts(digits.images, digits.target, rows[:4], seed=0), folder / "conflict")
     texts = [row["problem"] + row["text_problem"] + toy.respond(row, "reason") for row in rows]
     tokenizer = toy.make_tokenizer(texts)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Worker of test_distributed.py and the test_*_exact.py: gradients of one update on eight fixed rollouts, for several layouts.
 
 python tests/gradients.py TINY OUT LAYOUTS   with LAYOUTS a JSON list of [shares, micro-batch, chunk, file, settings]: shares like
-[8, 0], how many of the rollouts each rank holds; file: vgs, ptdpo, vold or vigos; settings: what is set in its Args.
+[8, 0], how many of the rollouts each rank holds; file: vgs, ptdpo, vold, vigos or reopold; settings: what is set in its Args.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import ptdpo  # noqa: E402
+import reopold  # noqa: E402
 import vgs  # noqa: E402
 import vigos  # noqa: E402
 import vold  # noqa: E402
@@ -28,7 +29,8 @@ def fixed_samples(processor, rows, count: int, file: str = "vgs", settings: dict
     generator = torch.Generator().manual_seed(5)
     settings = settings or {}
     contexts = {"vgs": lambda: vgs.contexts(vgs.Args(method="vgs")), "ptdpo": lambda: ptdpo.contexts(ptdpo.Args(**settings)),
-                "vold": lambda: vold.contexts(vold.Args(**settings)), "vigos": lambda: vigos.contexts(vigos.Args(**settings))}[file]()
+                "vold": lambda: vold.contexts(vold.Args(**settings)), "vigos": lambda: vigos.contexts(vigos.Args(**settings)),
+                "reopold": lambda: {"question": reopold.question}}[file]()
     samples = []
     for i in range(count):
         n = int(torch.randint(3, 13, (), generator=generator))
@@ -42,7 +44,8 @@ def fixed_samples(processor, rows, count: int, file: str = "vgs", settings: dict
             n = len(ids)
         views = {name: view for name, context in contexts.items() if (view := context(row)) is not None}
         prompts, response = {name: processor.encode(view) for name, view in views.items()}, common.Response(ids, [-1.0] * n, True)
-        kind = {"vgs": common.Sample, "ptdpo": ptdpo.Sample, "vold": vold.Sample, "vigos": vigos.Sample}[file]
+        kind = {"vgs": common.Sample, "ptdpo": ptdpo.Sample, "vold": vold.Sample, "vigos": vigos.Sample,
+                "reopold": common.Sample}[file]
         samples.append(kind(row, prompts, response, CORRECT[i], 0.0, (-1.0) ** i))
     return samples
 
@@ -102,15 +105,34 @@ def vigos_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dic
     args = vigos.Args(student=f"{tiny}/student", dtype="float32", micro_batch=micro, loss_chunk=chunk, **settings)
     models = common.load_models(args, processor, args.student, updates=1)
     with torch.no_grad():  # the student has moved on from the initial model
-        for parameter in models.student.parameters():
-            parameter.mul_(1.02)
+        for name, parameter in models.student.named_parameters():
+            if not args.lora:
+                parameter.mul_(1.02)
+            elif ".lora_B." in name:
+                parameter.add_(0.02)
     samples = fixed_samples(processor, rows, 8, "vigos", settings)
     for s in samples:
         s.spans = vigos.find_spans(processor.tokenizer.convert_ids_to_tokens(s.response.ids))
     micros = vigos.score(mine(samples, shares), models, args)
     vigos.weigh(micros, args)
     vigos.accumulate(micros, models, args)
-    return result(models) | {"log": vigos.statistics(micros, args)}
+    adapters = {name: common.whole(p).clone() for name, p in models.student.named_parameters() if ".lora_" in name}
+    return result(models) | {"log": vigos.statistics(micros, args), "adapters": adapters}
+
+
+def reopold_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
+    settings = dict(settings)
+    done = settings.pop("progress", 0.0)  # share of the run's steps that is behind it
+    args = reopold.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", micro_batch=micro, loss_chunk=chunk, **settings)
+    models = common.load_models(args, processor, args.teacher, updates=1)
+    micros = reopold.score(mine(fixed_samples(processor, rows, 8, "reopold"), shares), models, args)
+    reopold.remember(micros, models, args)
+    for m in micros:
+        m.old = stale(m.old, m.ids) if args.updates > 1 else m.old
+    reopold.weigh(micros, args, done)
+    reopold.accumulate(micros, models, args)
+    kept = sum((m.weights[0] != 0).sum() for m in micros)
+    return result(models) | {"log": reopold.statistics(micros, args), "kept": common.all_sum(kept).item()}
 
 
 def mine(samples: list, shares: list[int]) -> list:
@@ -127,7 +149,7 @@ def main() -> None:
     tiny, out, layouts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     common.start_distributed(vgs.Args())
     processor, rows = common.Processor(f"{tiny}/student"), common.Rows(f"{tiny}/rows.parquet", "train", {"problem": "problem"})
-    functions = {"vgs": vgs_gradient, "ptdpo": ptdpo_gradient, "vold": vold_gradient, "vigos": vigos_gradient}
+    functions = {"vgs": vgs_gradient, "ptdpo": ptdpo_gradient, "vold": vold_gradient, "vigos": vigos_gradient, "reopold": reopold_gradient}
     results = [functions[file](tiny, processor, rows, *layout, settings) for *layout, file, settings in layouts]
     if common.rank() == 0:
         torch.save(results, out)

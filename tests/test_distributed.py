@@ -13,7 +13,8 @@ OTHER = [("vgs", {"method": "standard"}), ("vgs", {"method": "adaptive"}), ("ptd
          ("ptdpo", {"lambda_ptd": 0.5, "optimizer": "gspo", "updates": 2}),
          ("ptdpo", {"lambda_ptd": 0.5, "blind_tutor": True}), ("vold", {"beta": 0.5}),
          ("vold", {"beta": 0.5, "kl_tokens": "sum", "ratio": "sequence", "updates": 2}),
-         ("vigos", {"clip": 0.5}), ("vigos", {"method": "opsd"})]
+         ("vigos", {"clip": 0.5}), ("vigos", {"method": "opsd"}), ("vigos", {"lora": 4}),
+         ("reopold", {"progress": 0.9, "updates": 2}), ("reopold", {"updates": 2}), ("reopold", {"method": "gkd-top"})]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def test_the_other_shapes_of_batch_too(gradients, other):
         assert two["tutored"] == one["tutored"] > 0  # |F|
     elif other[0] == "vold":
         assert two["share"] == pytest.approx(one["share"], rel=1e-5) and two["log"] == pytest.approx(one["log"], rel=1e-5)
-    elif other[0] == "vigos":
+    elif other[0] in ("vigos", "reopold"):
+        assert two.get("kept") == one.get("kept")
         assert two["log"] == pytest.approx(one["log"], rel=1e-5)
     else:
         assert two["eta"] == (None if other[1]["method"] == "standard" else pytest.approx(one["eta"], rel=1e-5))

@@ -56,6 +56,27 @@ def test_question_kinds_are_balanced(rows):
     assert all(sum(row["problem"] == p for row in rows) == 100 for p in {row["problem"] for row in rows})
 
 
+def test_captions_are_right_as_often_as_asked_and_wrong_where_it_matters(rows):
+    captioned = toy.captioned(rows, 0.7, seed=1)
+    named = [[int(c) for c in row["problem"].removeprefix("<image>Caption: ")[:5].split(",")] for row in captioned]
+    right = [digits == toy.digits_of(row) for digits, row in zip(named, rows)]
+    assert 0.6 < sum(right) / len(rows) < 0.8
+    for i, (digits, row, told, true) in enumerate(zip(named, rows, captioned, right)):
+        assert told["answer"] == row["answer"] and told["problem"].endswith(row["problem"].removeprefix("<image>"))
+        assert (toy.working(toy.KINDS[i % 6], *digits)[2] == row["answer"]) == true
+
+
+def test_conflicts_share_question_and_caption_and_differ_in_the_answer(rows):
+    digits = load_digits()
+    found = toy.conflicts(digits.images, digits.target, rows[:30], seed=1)
+    assert [row["position"] for row in found] == ["1", "2", "3"] * 30
+    for i, row in enumerate(rows[:30]):
+        agreeing, *others = found[3 * i : 3 * i + 3]
+        assert agreeing["answer"] == row["answer"] and toy.digits_of(agreeing) == toy.digits_of(row)
+        assert all(other["problem"] == agreeing["problem"] and other["answer"] != row["answer"] for other in others)
+        assert all(toy.working(toy.KINDS[i % 6], *toy.digits_of(other))[2] == other["answer"] for other in others)
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_both_families_build_train_and_answer(tmp_path, family, monkeypatch):
     """The whole build with a few steps a model: every checkpoint and data set is there and loads."""
@@ -71,6 +92,12 @@ def test_both_families_build_train_and_answer(tmp_path, family, monkeypatch):
         processor, model = common.Processor(str(tmp_path / "toy" / name)), common.Model(str(tmp_path / "toy" / name), torch.float32)
         assert (processor.image_id is None) == (name == "text-teacher") and model.lm.config.model_type == ("qwen3" if name == "text-teacher" else family)
     common.check_same_inputs(*(common.Processor(str(tmp_path / "toy" / name)) for name in ("student", "teacher")))
+    monkeypatch.setattr(toy, "DESCRIBER", [(5, dict.fromkeys(toy.DESCRIBING, 1))])
+    toy.build_captions(tmp_path / "captions", tmp_path / "toy")
+    sizes = {name: len(common.Rows(str(tmp_path / "captions" / name), "train", {"problem": "problem"})) for name in ("train", "test", "conflict")}
+    assert sizes == {"train": 60, "test": 12, "conflict": 12}
+    before, after = (common.Model(str(tmp_path / name / "student"), torch.float32).state_dict() for name in ("toy", "captions"))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_an_interrupted_build_leaves_nothing_that_counts(tmp_path):
