@@ -580,7 +580,7 @@ def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool =
     try:
         rows = Rows(name, split, columns, flags)
     except UserError as e:
-        if not held_out:
+        if not held_out or not flag:
             raise
         raise UserError(f"{e.message}\nThat was {flag}; {flag} '' turns this evaluation off") from None
     pick = args.eval_rows if held_out else pick

@@ -50,6 +50,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -73,7 +74,7 @@ PRESETS = {
 @dataclass
 class Args(common.Args):
     method: Literal["vigos", "opsd"] = "vigos"  # three views, or one privileged teacher for every token
-    column_reference: str = "answer"  # name of the column that the privileged teachers are shown: an answer or a worked solution
+    column_reference: str = ""  # name of the column that the privileged teachers are shown: an answer or a worked solution; default: --column-answer
     weight_perception: float = 1.0  # weight of L_perc (0 = the paper's ablation)
     weight_reasoning: float = 1.0  # weight of L_rea (0 = the paper's ablation)
     weight_reference: float = 2.0  # weight of L_ref, on answers that are out of form (0 = they are left out)
@@ -391,25 +392,26 @@ def read(name: str, samples: list[Sample], models: common.Models, args: Args) ->
 
 def palr(models: common.Models, rows: common.Rows, args: Args, run: common.Run) -> None:
     """100 * sum s c_A / sum s (c_A + c_I) over one response a question, for the teachers of either method, by part of the answer."""
-    run.begin(f"leakage of the teachers' marks on {len(rows)} held-out questions, one response each")
+    initial = args.teacher or args.student
+    run.begin(f"leakage into the marks that {initial} gives the answers of {args.student}: {len(rows)} held-out questions, one response each")
     mine = list(range(common.rank(), len(rows), common.world_size()))
     wrong_answers = find_wrong(rows, mine, models, args)
     samples = common.sample_responses(models.engine, [rows[i] for i in mine], {"question": question}, args, Sample)
     common.reward_answers(samples, 1)
     for s in samples:
         s.spans = find_spans(models.processor.tokenizer.convert_ids_to_tokens(s.response.ids))
-    used = [(i, s, answers) for i, s, answers in zip(mine, samples, wrong_answers) if s.spans and answers]
-    read("question", [s for _, s, _ in used], models, args)
+    used_rows = [(i, s, answers) for i, s, answers in zip(mine, samples, wrong_answers) if s.spans and answers]
+    read("question", [s for _, s, _ in used_rows], models, args)
     names = ["perception", "reasoning", "perception, next image", "reasoning, next image"]
     for name in [*names, *(f"reasoning, wrong answer {k}" for k in range(args.wrong_answers))]:
         having = []
-        for i, s, answers in used:  # one context at a time: their images are most of the memory
+        for i, s, answers in used_rows:  # one context at a time: their images are most of the memory
             view = palr_views(rows, i, answers).get(name)
             if view is not None:
                 s.prompts = {name: models.processor.encode(view)}
                 having.append(s)
         read(name, having, models, args)
-    valid = [s for _, s, _ in used]
+    valid = [s for _, s, _ in used_rows]
     sums = torch.zeros(2, 2, 2, dtype=torch.float64, device=common.device())  # method, part of the answer, what leakage returns
     for s in valid:
         wrong = torch.stack([values for name, values in s.read.items() if "wrong" in name])  # [K, T]
@@ -417,12 +419,14 @@ def palr(models: common.Models, rows: common.Rows, args: Args, run: common.Run) 
             for method, role in enumerate(("reasoning", ("perception", "reasoning")[part])):  # OPSD: the privileged teacher for both parts
                 views = s.read["question"], s.read[role], wrong if role == "reasoning" else wrong[:0], s.read[f"{role}, next image"]
                 sums[method, part] += leakage(*(x[..., slice(*span)] for x in views))
-    counts = [len(samples), len(valid), sum(s.spans is None for s in samples), sum(s.correct for s in samples), sum(map(len, wrong_answers))]
+    counts = [len(samples), len(valid), sum(s.spans is None for s in samples), sum(s.correct for s in samples), sum(len(a) for _, _, a in used_rows)]
     total, used, out_of_form, correct, answers = common.all_sum(torch.tensor(counts, device=common.device())).tolist()
     if not used:
         raise common.UserError(f"none of the {total} responses can be used: {out_of_form} are out of form, and the others have no wrong answer beside them")
-    result = {"responses": total, "used": used, "out_of_form": out_of_form, "accuracy": correct / total, "wrong_answers": answers / total, "palr": {}}
-    common.say(f"\n{total} responses, {used} used, {out_of_form} out of form; {answers / total:.1f} wrong answers a question\n"
+    result = {"student": args.student, "teacher": initial, "responses": total, "used": used, "out_of_form": out_of_form, "accuracy": correct / total,
+              "wrong_answers": answers / used, "palr": {}}
+    common.say(f"\n{total} responses, {used} used, {out_of_form} out of form, {total - used - out_of_form} in form without a wrong answer beside them; "
+               f"{answers / used:.1f} wrong answers a question\n"
                f"{'PALR in %':12}{'description':>12}{'reasoning':>12}{'both':>12}")
     for method, parts in zip(("opsd", "vigos"), common.all_sum(sums)):
         shares = [100 * by_answer / (both + 1e-8) if both else None for by_answer, both in (*parts.tolist(), parts.sum(0).tolist())]
@@ -445,14 +449,28 @@ def check_tags(processor: common.Processor) -> None:
 def load_conflicts(args: Args, processor: common.Processor) -> dict[str, common.Rows]:
     """Held-out questions whose text suggests an answer: {"prior": those where it is right, "score": those where it is not}, as in ViLP."""
     parts, asked = {}, dataclasses.replace(args, eval_data=args.conflict_data, eval_rows=0)
-    for name, positions in (("prior", ("1",)), ("score", ("2", "3"))) if args.conflict_data else ():
+    for name, positions in (("prior", (1,)), ("score", (2, 3))) if args.conflict_data else ():
         rows = common.load_rows(asked, processor, {"question": question}, held_out=True, columns={"position": args.column_position},
                                 flags={"position": "--column-position"}, flag="--conflict-data")
-        rows.kept = [k for k, position in zip(rows.kept, rows.column("position")) if str(position) in positions]
-        if not rows.kept:
-            raise common.UserError(f"no row of {args.conflict_data!r} has the position {' or '.join(positions)} (--column-position {args.column_position})")
+        found = [common.as_number(str(position)) for position in rows.column("position")]
+        if not set(found) <= {1, 2, 3} or not set(found) & set(positions):
+            raise common.UserError(f"every row of {args.conflict_data!r} needs a position of 1, 2 or 3, and all of them have to occur; column "
+                                   f"{args.column_position!r} holds {', '.join(sorted({str(x) for x in rows.column('position')})[:8])}")
+        rows.kept = [k for k, position in zip(rows.kept, found) if position in positions]
         parts[name] = rows
     return parts
+
+
+def load_leakage_rows(args: Args, processor: common.Processor, told: dict, shown: dict) -> common.Rows:
+    """The held-out rows of --palr, with their lists of wrong answers if they bring some."""
+    told = told | ({"wrong": args.column_wrong} if args.column_wrong else {})
+    rows = common.load_rows(args, processor, contexts(args), held_out=True, columns=told, flag="", **shown)
+    for k, wrong in zip(rows.kept, rows.column("wrong") if args.column_wrong else ()):
+        if wrong is not None and not isinstance(wrong, list):
+            raise common.UserError(f"row {k} of {args.eval_data!r}: column {args.column_wrong!r} has to hold a list of wrong answers, not {wrong!r:.60}")
+    if args.column_wrong and not any(rows.column("wrong")):
+        raise common.UserError(f"no row of {args.eval_data!r} has a wrong answer in column {args.column_wrong!r}; without --column-wrong the student's own are used")
+    return rows
 
 
 def count_given_away(rows: common.Rows) -> int:
@@ -463,6 +481,9 @@ def count_given_away(rows: common.Rows) -> int:
 
 def check_settings(args: Args, given: set[str]) -> None:
     """Stop at contradictions, and at flags that this run would ignore."""
+    args.column_reference = args.column_reference or args.column_answer
+    if not (args.weight_perception or args.weight_reasoning or args.weight_reference):
+        raise common.UserError("--weight-perception, --weight-reasoning and --weight-reference are all 0: nothing would be learned")
     if min(args.weight_perception, args.weight_reasoning, args.weight_reference, args.clip) < 0:
         raise common.UserError("--weight-perception, --weight-reasoning, --weight-reference and --clip must not be negative")
     if args.updates > 1:
@@ -475,6 +496,10 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError("--palr measures on held-out questions: name them with --eval-data")
     if args.palr and args.column_reference != args.column_answer:
         raise common.UserError("--palr puts wrong answers in the place of the right one: --column-reference has to be --column-answer")
+    trained = Path(args.student).parent / "args.json"
+    if args.palr and not args.teacher and trained.exists():
+        raise common.UserError(f"{args.student!r} was trained from {json.loads(trained.read_text())['student']!r}: name that with --teacher, "
+                               "whose marks are measured")
     if args.conflict_data and not args.eval_data and not args.palr:
         if "conflict_data" in given:
             raise common.UserError("--conflict-data is evaluated whenever --eval-data is: name that as well")
@@ -516,13 +541,8 @@ def main() -> None:
     check_tags(processor)
     shown = dict(flags={"reference": "--column-reference", "wrong": "--column-wrong"}, needed=("reference",))
     if args.palr:
-        told |= {"wrong": args.column_wrong} if args.column_wrong else {}
-        held_out = common.load_rows(args, processor, contexts(args), held_out=True, columns=told, **shown)
-        initial = args.teacher or args.student
+        held_out, initial = load_leakage_rows(args, processor, told, shown), args.teacher or args.student
         common.check_same_inputs(processor, common.Processor(initial))
-        kind = type(held_out[0].get("wrong"))
-        if args.column_wrong and kind not in (list, type(None)):
-            raise common.UserError(f"--column-wrong {args.column_wrong}: every row has to hold a list of wrong answers, not a {kind.__name__}")
         return palr(common.load_models(dataclasses.replace(args, lora=0), processor, initial, 0), held_out, args, run)
     held_out, conflicts = common.load_rows(args, processor, {"question": question}, held_out=True), load_conflicts(args, processor)
     train = common.load_rows(args, processor, contexts(args), columns=told, **shown)

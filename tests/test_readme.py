@@ -18,7 +18,7 @@ def test_both_snippets_give_the_same_loss_and_gradient():
     exec(BLOCKS[0], whole)
     (expected,) = torch.autograd.grad(whole["loss"], heads[0])
     chunked = {"torch": torch} | names
-    exec(BLOCKS[2], chunked)
+    exec(BLOCKS[3], chunked)
     torch.testing.assert_close(chunked["loss"], whole["loss"])
     torch.testing.assert_close(heads[0].grad, expected, rtol=1e-4, atol=1e-6)
     assert expected.norm() > 1
@@ -28,6 +28,12 @@ def test_the_losses_of_a_line():
     names = dict(student_image=torch.randn(5, 300), teacher_image=torch.randn(5, 300), log_p=torch.tensor([-1.0, -2.0]), log_q=torch.tensor([-1.0, -4.0]))
     exec(BLOCKS[1], names)
     assert names["tutoring"].shape == (5,) and names["tutoring"].min() > 0 and names["pull"].tolist() == [0.0, 2.0]
+
+
+def test_the_span_and_its_loss():
+    names = dict(torch=torch, student=torch.randn(9, 30), teacher=torch.randn(9, 30), ids=torch.arange(9))
+    exec(BLOCKS[2], names)
+    assert (names["spans"].description, names["spans"].reasoning) == ((0, 2), (4, 9)) and 0 < names["loss"] <= 0.05
 
 
 def test_the_gate_finds_the_test_command():

@@ -316,13 +316,27 @@ def test_leakage_against_float64(tiny, parrot, tmp_path):
     assert two["used"] == found["used"] and two["palr"]["opsd"] == pytest.approx(found["palr"]["opsd"], rel=1e-3)
 
 
+def test_the_teacher_of_a_trained_student_has_to_be_named(tiny, tmp_path):
+    (tmp_path / "args.json").write_text('{"student": "the-initial-one"}')
+    with pytest.raises(common.UserError, match="was trained from 'the-initial-one': name that with --teacher"):
+        vigos.check_settings(*common.parse_args(vigos.Args, vigos.PRESETS, ["--preset", "toy", "--palr", "--student", f"{tmp_path}/final"]))
+
+
+@pytest.mark.parametrize("message, wrong", [("row 9 of", [None] * 9 + ["12, 34"] * 15), ("no row of", [[]] * 12 + [None] * 12)], ids=["text", "empty"])
+def test_wrong_answers_have_to_be_lists(tiny, tmp_path, message, wrong):
+    data = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
+    data.add_column("others", wrong).to_parquet(tmp_path / "rows.parquet")
+    result, _ = palr_run(tiny, tiny / "student", tmp_path / "run", eval_data=tmp_path / "rows.parquet", column_wrong="others")
+    assert result.returncode != 0 and message in result.stderr and "others" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_leakage_of_nothing_is_no_zero(tiny, tmp_path):
     result, _ = palr_run(tiny, tiny / "student", tmp_path / "run", max_response=4)
     assert result.returncode != 0 and "none of the 24 responses can be used: 24 are out of form" in result.stderr
 
 
 @pytest.mark.parametrize("message, argv", [
-    ("must not be negative", "--clip -1"), ("--divergence would have no effect", "--divergence jsd"), ("--teacher would have no effect", "--teacher x"),
+    ("must not be negative", "--clip -1"), ("nothing would be learned", "--weight-perception 0 --weight-reasoning 0 --weight-reference 0"), ("--divergence would have no effect", "--divergence jsd"), ("--teacher would have no effect", "--teacher x"),
     ("--fallback would have no effect", "--method opsd --fallback forward_kl"), ("--updates above 1", "--updates 2"),
     ("--support would have no effect", "--support 5"), ("--lora-targets would have no effect", "--lora-targets q_proj"), ("--lora is -1", "--lora -1"),
     ("--wrong-samples would have no effect", "--wrong-samples 5"), ("--wrong-samples would have no effect", "--palr --column-wrong x --wrong-samples 5"),
@@ -340,7 +354,7 @@ def test_bad_settings(message, argv):
 @pytest.mark.parametrize("message, changes", [
     ("--column-reference", {"column_reference": "nothing"}), ("names 'nothing'", {"lora": 4, "lora_targets": "q_proj,nothing"}),
     ("names 'lm_head'", {"lora": 4, "lora_targets": "lm_head"}), ("That was --conflict-data", {"conflict_data": "nowhere.json"}),
-    ("has no column 'place'", {"column_position": "place"}), ("no row of", {"column_position": "answer"}),
+    ("has no column 'place'", {"column_position": "place"}), ("needs a position of 1, 2 or 3", {"column_position": "answer"}),
 ])  # fmt: skip
 def test_data_that_does_not_fit(tiny, tmp_path, message, changes):
     result = run_script("vigos.py", *run_flags(tiny, tmp_path / "run", **changes))
