@@ -73,6 +73,22 @@ def run_script(*argv, torchrun: int = 0, timeout: int = 300, cwd: Path = ROOT, e
     return subprocess.run([sys.executable, *launch, *map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
+def refusal(script: str, argv: list) -> str:
+    """What a run with these flags says before it stops: asked of its settings first, which is quick, and else of the real script."""
+    import importlib
+
+    method = importlib.import_module(script.removesuffix(".py"))
+    try:
+        method.check_settings(*common.parse_args(method.Args, method.PRESETS, list(map(str, argv))))
+    except common.UserError as e:
+        return e.message
+    except SystemExit:  # the parser's, which has printed its message
+        pass
+    result = run_script(script, *argv)
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    return result.stderr + result.stdout
+
+
 def layout_gradients(tiny: Path, tmp_path: Path, layouts: list) -> list[dict]:
     """Gradients of one update on fixed rollouts (gradients.py), one a layout; all layouts are for the same number of ranks."""
     ranks = len(layouts[0][0])

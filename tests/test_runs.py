@@ -83,7 +83,8 @@ def test_standard_logs_what_the_formula_says(tiny, tmp_path):
     assert lines(tmp_path / "run" / "metrics.jsonl")[1]["std"] == pytest.approx(total, rel=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(method="vgs-lp", alpha=0.3, group=2, updates=2, gradient_checkpointing=""), dict(dtype="bfloat16", measure_eta=1)])
+@pytest.mark.parametrize("changes", [{}, dict(method="vgs-lp", alpha=0.3, group=2, updates=2, gradient_checkpointing=""), dict(dtype="bfloat16", measure_eta=1),
+                                     dict(lora=4, dtype="bfloat16")])  # fmt: skip
 def test_two_ranks(tiny, tmp_path, changes):
     result = run_script("vgs.py", *[part for part in flags(tiny, tmp_path / "run", **changes) if part], torchrun=2)
     assert result.returncode == 0, result.stderr

@@ -189,8 +189,7 @@ def run_flags(tiny, output, **changes) -> list[str]:
     return [f"--conflict-data={changes.pop('conflict_data', tiny / 'conflict')}", *flags(tiny, output, **{"teacher": None} | changes)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": 4}, {"reasoning_prefix": "slice", "fallback": "forward_kl"},
-                                     {"method": "opsd", "divergence": "top_k", "support": 20}, {"method": "opsd", "divergence": "sampled"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("changes", [{}, {"lora": 4}, {"method": "opsd", "divergence": "top_k", "support": 20}], ids=str)  # fmt: skip
 def test_real_runs(tiny, tmp_path, changes):
     result = run_script("vigos.py", *run_flags(tiny, tmp_path / "run", **changes))
     assert result.returncode == 0, result.stderr
