@@ -1142,12 +1142,19 @@ def extract_answer(text: str) -> str | None:
 def boxed(text: str) -> str | None:
     r"""The content of the last complete \boxed{...} of a text, or None."""
     for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for i in range(match.end(), len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if depth == 0:
-                return text[match.end() : i].strip()
+        if (end := closing_brace(text, match.end())) >= 0:
+            return text[match.end() : end].strip()
     return None
+
+
+def closing_brace(text: str, start: int) -> int:
+    """Where the brace is that closes the one opened just before `start`; -1 without it. ("{a{b}c}", 1) -> 6."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return i
+    return -1
 
 
 def is_correct(prediction: str | None, answer: str) -> bool:

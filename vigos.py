@@ -45,6 +45,7 @@ Where this differs from the paper, or from the code released with it:
 12. The wording of the prompts is ours.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -163,22 +164,12 @@ def find_spans(pieces: list[str]) -> Spans | None:
     box = text.find("\\boxed{", end)
     if min(close, think, end, box) < 0:
         return None
-    answer, last = matched(text, box + len("\\boxed{"))
-    inside = think + len("<think>")
-    if answer is None or not all(part.strip(BLANK + " ") for part in (text[:close], text[inside:end], answer)):
+    inside, opened = think + len("<think>"), box + len("\\boxed{")
+    last = common.closing_brace(text, opened)
+    if last < 0 or not all(part.strip(BLANK + " ") for part in (text[:close], text[inside:end], text[opened:last])):
         return None
     first = next(i for i, start in enumerate(starts) if start >= inside)
-    return Spans((0, max(i for i, start in enumerate(starts) if start <= close)), (first, next(i for i, start in enumerate(starts) if start >= last)))
-
-
-def matched(text: str, start: int) -> tuple[str | None, int]:
-    """What stands before the brace that closes one opened just before `start`, and the place behind that brace; None without one."""
-    depth = 1
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start:i], i + 1
-    return None, len(text)
+    return Spans((0, max(i for i, start in enumerate(starts) if start <= close)), (first, next(i for i, start in enumerate(starts) if start > last)))
 
 
 # ====================================================================================================== losses
@@ -448,16 +439,18 @@ def check_tags(processor: common.Processor) -> None:
 
 def load_conflicts(args: Args, processor: common.Processor) -> dict[str, common.Rows]:
     """Held-out questions whose text suggests an answer: {"prior": those where it is right, "score": those where it is not}, as in ViLP."""
-    parts, asked = {}, dataclasses.replace(args, eval_data=args.conflict_data, eval_rows=0)
-    for name, positions in (("prior", (1,)), ("score", (2, 3))) if args.conflict_data else ():
-        rows = common.load_rows(asked, processor, {"question": question}, held_out=True, columns={"position": args.column_position},
-                                flags={"position": "--column-position"}, flag="--conflict-data")
-        found = [common.as_number(str(position)) for position in rows.column("position")]
-        if not set(found) <= {1, 2, 3} or not set(found) & set(positions):
-            raise common.UserError(f"every row of {args.conflict_data!r} needs a position of 1, 2 or 3, and all of them have to occur; column "
-                                   f"{args.column_position!r} holds {', '.join(sorted({str(x) for x in rows.column('position')})[:8])}")
-        rows.kept = [k for k, position in zip(rows.kept, found) if position in positions]
-        parts[name] = rows
+    if not args.conflict_data:
+        return {}
+    asked = dataclasses.replace(args, eval_data=args.conflict_data, eval_rows=0)
+    rows = common.load_rows(asked, processor, {"question": question}, held_out=True, columns={"position": args.column_position},
+                            flags={"position": "--column-position"}, flag="--conflict-data")
+    found = [common.as_number(str(position)) for position in rows.column("position")]
+    if set(found) != {1, 2, 3}:
+        raise common.UserError(f"every row of {args.conflict_data!r} needs a position of 1, 2 or 3, and all of them have to occur; column "
+                               f"{args.column_position!r} holds {', '.join(sorted({str(x) for x in rows.column('position')})[:8])}")
+    parts = {"prior": copy.copy(rows), "score": copy.copy(rows)}
+    for name, positions in (("prior", (1,)), ("score", (2, 3))):
+        parts[name].kept = [k for k, position in zip(rows.kept, found) if position in positions]
     return parts
 
 
