@@ -105,8 +105,8 @@ class Args:
 
 
 CLIPS = dict.fromkeys(("clip_low", "clip_high"), "with --updates 1 the policy is the one that sampled, and no ratio is clipped")
-TRAINING = ("data", "data_split", "max_steps", "epochs", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts", "updates",
-            "eval_every", "eval_samples", "save_every", "log_samples", "tracker")  # what a run that does not train ignores
+TRAINING = ("data", "data_split", "max_steps", "epochs", "lora", "lora_targets", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts",
+            "updates", "eval_every", "eval_samples", "save_every", "log_samples", "tracker")  # what a run that does not train ignores
 
 
 def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):

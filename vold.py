@@ -100,7 +100,7 @@ class Args(common.Args):
 
 
 STAGE_1 = ("student", "teacher", "instruction", "trace_data", "trace_split", "trace_column", "trace_rows", "right_traces_only", "sft_batch", "sft_steps",
-           "sft_lr", "sft_warmup", "seed")  # what its result depends on
+           "sft_lr", "sft_warmup", "lora", "lora_targets", "seed")  # what its result depends on
 
 
 def distils(args: Args) -> bool:

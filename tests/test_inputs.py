@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, flags, run_script
+from conftest import ROOT, flags, refusal, run_script
 from PIL import Image
 
 import common
@@ -215,3 +215,8 @@ def test_a_copy_without_toy_says_what_is_missing(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     result = run_script("vgs.py", "--preset", "toy", cwd=tmp_path)
     assert result.returncode != 0 and "toy.py" in result.stderr and "--student" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("script, argv", [("vgs.py", "--analyze"), ("vold.py", "--stage traces"), ("vigos.py", "--palr"), ("ptdpo.py", "--analyze")])
+def test_adapters_are_refused_where_nothing_is_trained(script, argv):
+    assert "--lora would have no effect" in refusal(script, ["--preset", "toy", *argv.split(), "--lora", "4"])

@@ -158,8 +158,8 @@ def test_all_stages(tiny, tmp_path, ranks):
     refused = run_script(*argv)  # both stages are there
     assert refused.returncode != 0 and "rl already holds a run" in refused.stderr
     shutil.rmtree(tmp_path / "run" / "rl")  # as if stage 2 had failed
-    other = run_script(*argv, "--sft-lr", "0.5")
-    assert other.returncode != 0 and "was trained with other settings (sft_lr)" in other.stderr
+    other = run_script(*argv, "--sft-lr", "0.5", "--lora", "4")
+    assert other.returncode != 0 and "was trained with other settings (sft_lr, lora)" in other.stderr
     again = run_script(*argv)
     assert again.returncode == 0 and "is there: going on with stage 2" in again.stdout and "stage 1," not in again.stdout, again.stderr
     assert json.loads((tmp_path / "run" / "rl" / "args.json").read_text())["student"] == str(tmp_path / "run" / "sft" / "final")
