@@ -96,7 +96,7 @@ class Args:
 
     eval_every: int = 50  # rollout batches between evaluations; 0 = only at the start and the end
     eval_rows: int = 300  # held-out questions an evaluation asks, a fixed random choice; 0 = all of them
-    eval_samples: int = 0  # k of Acc@k, pass@k and maj@k at temperature 1, at the end; 0 = greedy Acc@1 only
+    eval_samples: int = 0  # k of Acc@k, pass@k and maj@k at temperature 1, at every evaluation; 0 = greedy Acc@1 only
     save_every: int = 0  # steps between checkpoints of the weights in checkpoints/; 0 = only final/
     log_samples: int = 8  # responses of the first rank that a step writes to samples.jsonl
     output: str = ""  # run folder; default: runs/<file>-<preset>-<time>
@@ -426,6 +426,32 @@ class Prompt:
     ids: list[int]
     pixels: Tensor | None = None  # [patches, patch_dim]
     grid: Tensor | None = None  # [images, 3]: time, height, width in patches
+    images: list = field(default_factory=list)  # as they came, before they were cut into patches: what tools look at
+
+
+@dataclass
+class Observation:
+    """What a tool answered in the middle of a response: context for the tokens after it, and never part of a loss."""
+
+    at: int  # it stands before the response's token of this number
+    prompt: Prompt  # the whole turn, from the end of the model's turn to the beginning of its next one
+    text: str
+    failed: bool  # an error message
+
+
+def transcript(prompt: Prompt, ids: list[int], observations: list[Observation] = ()) -> tuple[Prompt, list[int]]:
+    """Prompt, response tokens and what tools answered between them as one sequence, and where in it each response token is.
+
+    Prompt [1, 2], response [3, 4, 5], observation [8, 9] at 1 -> [1, 2, 3, 8, 9, 4, 5] and [2, 5, 6].
+    """
+    whole, places, start = list(prompt.ids), [], 0
+    for end, seen in [*((o.at, o.prompt.ids) for o in observations), (len(ids), [])]:
+        places += range(len(whole), len(whole) + end - start)
+        whole += ids[start:end] + seen
+        start = end
+    shown = [p for p in (prompt, *(o.prompt for o in observations)) if p.pixels is not None]
+    pixels, grid = (torch.cat([p.pixels for p in shown]), torch.cat([p.grid for p in shown])) if shown else (None, None)
+    return Prompt(whole, pixels, grid, [image for p in shown for image in p.images]), places
 
 
 class Processor:
@@ -465,18 +491,33 @@ class Processor:
 
     def encode(self, context: Context) -> Prompt:
         """Token ids, with each placeholder expanded to as many as its image has merged patches, and the pixels."""
-        ids = self.tokenizer(self.render(context), add_special_tokens=False)["input_ids"]
-        if self.image_id is None and context.images:
+        return self.encode_text(self.render(context), context.images)
+
+    def encode_text(self, text: str, images: list) -> Prompt:
+        """See encode; the text is already what the chat template makes."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.image_id is None and images:
             raise ValueError(f"{self.name!r} is a text-only model and was given an image")
-        if self.image_id is not None and ids.count(self.image_id) != len(context.images):
-            raise ValueError(f"a prompt has {len(context.images)} images and {ids.count(self.image_id)} image placeholders")
-        if not context.images:
+        if self.image_id is not None and ids.count(self.image_id) != len(images):
+            raise ValueError(f"a prompt has {len(images)} images and {ids.count(self.image_id)} image placeholders")
+        if not images:
             return Prompt(ids)
-        pixels = self.images(images=context.images, return_tensors="pt")
+        pixels = self.images(images=images, return_tensors="pt")
         grid = pixels["image_grid_thw"]
         counts = iter((grid.prod(-1) // self.images.merge_size**2).tolist())
         expanded = [i for token in ids for i in ([token] * next(counts) if token == self.image_id else [token])]
-        return Prompt(expanded, pixels["pixel_values"], grid)
+        return Prompt(expanded, pixels["pixel_values"], grid, images)
+
+    def next_turn(self, message: dict, images: list) -> Prompt:
+        """A user's message in the middle of a conversation: what comes between the end token of one answer and the first token of the next."""
+        said = [user_message("?", 0), {"role": "assistant", "content": [{"type": "text", "text": "!"}]}]
+        before = self.tokenizer.apply_chat_template(said, tokenize=False)
+        after = self.tokenizer.apply_chat_template([*said, message], tokenize=False, add_generation_prompt=True)
+        end = before.rfind(self.tokenizer.eos_token) + len(self.tokenizer.eos_token)
+        if self.tokenizer.eos_token not in before or after[:end] != before[:end]:
+            raise UserError(f"the chat template of {self.name!r} cannot go on after an answer: it rewrites earlier turns, or does not end them in "
+                            f"{self.tokenizer.eos_token}. Tools need one that does")
+        return self.encode_text(after[end:], images)
 
     def complaint(self, context: Context, limit: int) -> str | None:
         """What keeps a context from being used: more than `limit` tokens, image placeholders of its text's own, a template that drops text.
@@ -502,20 +543,21 @@ class Processor:
         size += len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return f"the prompt has {size} tokens; the limit is {limit} (--max-prompt)" if size > limit else None
 
-    def batch(self, prompts: list[Prompt], responses: list[list[int]]) -> dict[str, Tensor]:
+    def batch(self, prompts: list[Prompt], responses: list[list[int]], observations: list[list[Observation]] | None = None) -> dict[str, Tensor]:
         """Right-padded model inputs, and in rows/cols the positions whose hidden states predict the response tokens.
 
         The token at position c is predicted at c - 1. Prompt of 3 tokens, response of 2: cols = 2, 3. rows and cols are
         flat, [N], sequence after sequence; a response may be empty (a rank without work still has to take part).
         """
-        batch = self.pad([p.ids + list(r) for p, r in zip(prompts, responses)], prompts)
-        spans = [(b, len(p.ids) - 1, len(r)) for b, (p, r) in enumerate(zip(prompts, responses))]
-        batch["rows"] = torch.cat([torch.full((n,), b) for b, _, n in spans])
-        batch["cols"] = torch.cat([torch.arange(start, start + n) for _, start, n in spans])
+        sequences, places = zip(*map(transcript, prompts, responses, observations or [()] * len(prompts)))
+        batch = self.pad(sequences)
+        batch["rows"] = torch.tensor([b for b, at in enumerate(places) for _ in at], dtype=torch.long)
+        batch["cols"] = torch.tensor([place - 1 for at in places for place in at], dtype=torch.long)
         return batch
 
-    def pad(self, ids: list[list[int]], prompts: list[Prompt], left: bool = False) -> dict[str, Tensor]:
+    def pad(self, prompts: list[Prompt], left: bool = False) -> dict[str, Tensor]:
         """Padded input ids with everything else the model wants. mm_token_type_ids: without them Qwen2.5-VL is silently wrong."""
+        ids = [p.ids for p in prompts]
         width = max(map(len, ids))
         gap = [[self.pad_id] * (width - len(row)) for row in ids]
         seen = [[0] * (width - len(row)) for row in ids]
@@ -739,6 +781,7 @@ class Response:
     log_probs: list[float]
     finished: bool
     text: str = ""
+    observations: list[Observation] = field(default_factory=list)  # what tools answered on the way
 
 
 class HFEngine:
@@ -761,27 +804,33 @@ class HFEngine:
             ours[name].copy_(value)
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Response]:
-        """One response a prompt, in order. temperature 0 is greedy. Log-probs are those of the distribution sampled from."""
+    def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0, limits: list[int] | None = None) -> list[Response]:
+        """One response a prompt, in order. temperature 0 is greedy. Log-probs are those of the distribution sampled from.
+
+        limits: the most tokens of each response, instead of --max-response for all.
+        """
         from transformers import GenerationConfig, LogitsProcessorList
 
         # Fresh settings: a checkpoint's own (top_k 20, a repetition penalty) would silently bend the sampling. All bending
         # is done by our processors below, so that the Recorder behind them sees it.
         self.lm.generation_config = GenerationConfig()
         plain = dict(top_k=0, top_p=1.0, temperature=1.0) if temperature > 0 else {}
-        config = GenerationConfig(max_new_tokens=self.args.max_response, do_sample=temperature > 0, eos_token_id=self.ends,
-                                  pad_token_id=self.processor.pad_id, suppress_tokens=self.banned, **plain)
+        config = GenerationConfig(do_sample=temperature > 0, eos_token_id=self.ends, pad_token_id=self.processor.pad_id,
+                                  suppress_tokens=self.banned, **plain)
         responses: list[Response] = []
+        limits = limits or [self.args.max_response] * len(prompts)
         for start in range(0, len(prompts), self.args.rollout_batch):
-            part = prompts[start : start + self.args.rollout_batch]
-            batch = {k: v.to(device()) for k, v in self.processor.pad([p.ids for p in part], part, left=True).items()}
+            part, room = (x[start : start + self.args.rollout_batch] for x in (prompts, limits))
+            config.max_new_tokens = max(room)
+            batch = {k: v.to(device()) for k, v in self.processor.pad(part, left=True).items()}
             warpers = sampling_processors(temperature, top_p, top_k)
             output = self.lm.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList(warpers))
             log_probs = warpers[-1].log_probs(output).tolist()  # [B, T]
-            for ids, values in zip(output[:, batch["input_ids"].shape[1] :].tolist(), log_probs):
-                end = next((i + 1 for i, token in enumerate(ids) if token in self.ends), None)
-                text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
-                responses.append(Response(ids[:end], values[: len(ids[:end])], end is not None, text))
+            for ids, values, limit in zip(output[:, batch["input_ids"].shape[1] :].tolist(), log_probs, room):
+                end = next((i + 1 for i, token in enumerate(ids[:limit]) if token in self.ends), None)
+                kept = ids[: end or limit]
+                text = self.processor.tokenizer.decode(kept, skip_special_tokens=True)
+                responses.append(Response(kept, values[: len(kept)], end is not None, text))
         return responses
 
 
@@ -880,6 +929,117 @@ def sampling_processors(temperature: float, top_p: float, top_k: int) -> list:
     return [*bend, Recorder()]
 
 
+# ====================================================================================================== image tools
+class ToolError(ValueError):
+    """A call that cannot be answered; the message is for the model. It repeats nothing that the model wrote."""
+
+
+def crop_image(arguments: dict, images: list) -> tuple[str, list]:
+    """Zoom into a box of an image: bbox_2d [left, top, right, bottom], in fractions of its sides or in pixels, and target_image from 1 on."""
+    image, box = image_of(arguments.get("target_image", 1), images), arguments.get("bbox_2d")
+    if not isinstance(box, list) or len(box) != 4 or not all(is_number(x) for x in box):
+        raise ToolError("bbox_2d must be four numbers: left, top, right, bottom")
+    width, height = image.size
+    if max(box) <= 1:
+        box = [x * side for x, side in zip(box, (width, height, width, height))]
+    left, top, right, bottom = box
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ToolError(f"the box lies outside of the image or is empty; the image is {width} x {height} pixels, and left < right and top < bottom")
+    part = image.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
+    return f"Here is the cropped image (Image Size: {part.width}x{part.height}):<image>", [part]
+
+
+FRAMES = 8  # that select_frames shows at most
+
+
+def select_frames(arguments: dict, images: list) -> tuple[str, list]:
+    """Show some of the images again: target_frames, their numbers from 1 on."""
+    numbers = arguments.get("target_frames")
+    if not isinstance(numbers, list) or not 0 < len(numbers) <= FRAMES:
+        raise ToolError(f"target_frames must be a list of at most {FRAMES} frame numbers")
+    frames, first = [image_of(number, images) for number in numbers], len(images) + 1
+    size = f"{frames[0].width}x{frames[0].height}, Numbered {first} to {first + len(frames) - 1}"
+    return f"Here are the selected frames (Frame Size: {size}):{'<image>' * len(frames)}", frames
+
+
+def is_number(x) -> bool:
+    """An int or a finite float, as JSON gives them; true and false are none."""
+    return isinstance(x, int) and not isinstance(x, bool) or isinstance(x, float) and math.isfinite(x)
+
+
+def image_of(number, images: list):
+    """Image by its number, from 1 on. Numbers are all that can be named: a call reaches no file."""
+    if not is_number(number) or number != int(number) or not 1 <= number <= len(images):
+        raise ToolError(f"images are numbered from 1 to {len(images)}")
+    return images[int(number) - 1]
+
+
+TOOLS = {"crop_image": crop_image, "select_frames": select_frames}  # by the name in a call: fn(arguments, images so far) -> (text, images)
+CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.S)  # around {"name": ..., "arguments": {...}}
+
+
+def answer_call(call: str, images: list) -> tuple[str, list, bool]:
+    """What a tool says to the JSON of a call: (text, images, whether it is an error message)."""
+    try:
+        try:
+            wanted = json.loads(call)
+        except (ValueError, RecursionError):
+            raise ToolError("the call is no JSON object") from None
+        if not isinstance(wanted, dict) or not isinstance(arguments := wanted.get("arguments"), dict):
+            raise ToolError('the call must be a JSON object {"name": ..., "arguments": {...}}')
+        if not isinstance(name := wanted.get("name"), str) or name not in TOOLS:
+            raise ToolError(f"there is no such tool; there are: {', '.join(TOOLS)}")
+        return *TOOLS[name](arguments, images), False
+    except ToolError as e:
+        return f"Error: {e}.", [], True
+
+
+class WithTools:
+    """An engine whose responses may have several turns: the model calls a tool, reads the image or the error message that comes back, and goes on.
+
+    A turn that calls nothing ends the response. So do a call beyond the allowed number and an answer of a tool that no longer fits into
+    --max-response (which counts everything after the prompt, tools' tokens too): the response then counts as cut off.
+    """
+
+    def __init__(self, engine, calls: int, args: Args):
+        """calls: that one response may make."""
+        self.engine, self.calls, self.args, self.processor, self.sync = engine, calls, args, engine.processor, engine.sync
+
+    def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Response]:
+        """See HFEngine.generate. text holds all turns and what tools answered."""
+        responses, going = [Response([], [], False) for _ in prompts], list(range(len(prompts)))
+        for turn in range(self.calls + 1):
+            so_far = [transcript(prompts[i], responses[i].ids, responses[i].observations)[0] for i in going]
+            room = [self.args.max_response + len(prompts[i].ids) - len(p.ids) for i, p in zip(going, so_far)]
+            calling = []
+            for i, seen, left, answer in zip(going, so_far, room, self.engine.generate(so_far, temperature, top_p, top_k, room)):
+                response, call = responses[i], CALL.search(answer.text)
+                response.ids += answer.ids
+                response.log_probs += answer.log_probs
+                response.text += answer.text
+                response.finished = answer.finished and not call
+                if call and answer.finished and turn < self.calls and self.observe(response, call[1].strip(), seen, left - len(answer.ids)):
+                    calling.append(i)
+            going = calling
+            if not going:
+                break
+        return responses
+
+    def observe(self, response: Response, call: str, seen: Prompt, room: int) -> bool:
+        """Answer a call; False if the answer and one more token do not fit into `room`."""
+        text, images, failed = answer_call(call, seen.images)
+        try:
+            turn = self.processor.next_turn(user_message(text, len(images)), images)
+        except ValueError:  # a strip so narrow that the image processor refuses it
+            text, images, failed = "Error: that part is too narrow to be shown.", [], True
+            turn = self.processor.next_turn(user_message(text, 0), [])
+        if len(turn.ids) >= room:
+            return False
+        response.observations.append(Observation(len(response.ids), turn, text, failed))
+        response.text += f"\n<tool_response>{text}</tool_response>\n"
+        return True
+
+
 # ====================================================================================================== samples and micro-batches
 @dataclass
 class Sample:
@@ -947,15 +1107,17 @@ def make_micros(kind, samples: list[Sample], contexts: list[str], processor: Pro
     images: whether the contexts show any. first: fn(sample) -> whether its tokens come before those of the other samples of its micro-batch.
     """
     micros = []
-    for picked in micro_batches([len(s.prompts[contexts[0]].ids) + len(s.response.ids) for s in samples], size):
+    tokens = [len(s.prompts[contexts[0]].ids) + len(s.response.ids) + sum(len(o.prompt.ids) for o in s.response.observations) for s in samples]
+    for picked in micro_batches(tokens, size):
         part = sorted((samples[i] for i in picked), key=lambda s: not first(s)) if first else [samples[i] for i in picked]
         responses, views = [s.response.ids for s in part], [[s.prompts[name] for s in part] for name in contexts]
+        seen = [s.response.observations for s in part]
         if not part:  # this rank has run out of work, and the others wait for it in every layer: an empty response
-            responses, views = [[]], [[processor.blank(images)] for _ in contexts]
+            responses, views, seen = [[]], [[processor.blank(images)] for _ in contexts], [[]]
         lengths = [len(r) for r in responses]
         micros.append(kind(
             samples=part,
-            batch=processor.batch([prompt for view in views for prompt in view], responses * len(contexts)),
+            batch=processor.batch([prompt for view in views for prompt in view], responses * len(contexts), seen * len(contexts)),
             contexts=len(contexts),
             ids=per_token(lengths, responses, torch.long),
             length=per_token(lengths, lengths),
@@ -1487,14 +1649,14 @@ class Progress:
         self.mark = now
 
     def evaluate(self, engine, rows: Rows | None, context, args: Args, others: dict[str, Rows] | None = None) -> None:
-        """Held-out accuracy at the start, at the end and every --eval-every steps; with --eval-samples at the end.
+        """Held-out accuracy at the start, at the end and every --eval-every steps.
 
         others: more held-out rows, of which the greedy accuracy is logged under their name.
         """
         last = self.step == self.steps
         if rows is None or not (self.step == 0 or last or (args.eval_every and self.step % args.eval_every == 0)):
             return
-        result = evaluate(engine, rows, context, args.eval_samples if last else 0)
+        result = evaluate(engine, rows, context, args.eval_samples)
         result |= {name: evaluate(engine, more, context)["acc@1"] for name, more in (others or {}).items()}
         self.phase("evaluate")
         self.log(result)

@@ -5,8 +5,10 @@ Paper: "Scaling Reasoning Efficiently via Relaxed On-Policy Distillation", arXiv
     python reopold.py                                                a laptop: small real models on real handwriting
     torchrun --nproc-per-node 8 reopold.py --preset visual-3b        one node: Qwen2.5-VL-3B from Qwen2.5-VL-32B on Geometry3K
     torchrun --nproc-per-node 8 reopold.py --preset math-1.5b        text alone: R1-Distill-Qwen-1.5B from Skywork-OR1-Math-7B
+    torchrun --nproc-per-node 8 reopold.py --preset agentic-3b       image tools: a 3B student from Pixel-Reasoner-7B
 
 Student p and teacher q read the same prompt x. The student samples y; p_old is the student that did. No answer is checked.
+With --calls the student may look closer: y then has several turns, and what a tool returns between them is context, not a part of y.
 
     rho   p(y_t) / p_old(y_t)                                        Eq. 1     clipped as in PPO, pessimistically
     R     log q(y_t) - log p(y_t)                                    Eq. 2     positive: the teacher likes the token more
@@ -31,8 +33,11 @@ Where this differs from the paper, or fills in what its surviving copies lack:
     steps, clip 0.2. The group is for more samples alone: nothing compares its responses, but for grpo.
  3. The teacher of the visual presets is the 32B instruct model (the paper's was trained by NoisyRollout, and is not published).
  4. Top-5 GKD: the paper does not say whose five tokens, nor what becomes of the others; ours is the union of both, and a tail.
- 5. The wording of the prompt is ours.
- 6. Not here yet: the agentic setting (image tools in rollouts of several turns).
+ 5. The wording of the prompts is ours. The tools have Pixel-Reasoner's names and arguments (arXiv:2505.15966), and answer in its words; a crop
+    is the box that was asked for, without its margin of a tenth of the image, and a box outside of the image is answered with an error.
+ 6. A response in its last allowed turn may still call, and then ends there. Evaluation allows as many calls as training (the paper: 2 and 5).
+ 7. The paper's agentic student was first fine-tuned to call tools, and is published under no name that we know: the preset takes the plain
+    3B model, --student names a better one. Its data come as two archives: unpack both beside release.parquet, and name that with --data.
 """
 
 import math
@@ -50,15 +55,22 @@ HUB = dict(prompts=128, group=8, lr=1e-6, micro_batch=1, gradient_checkpointing=
 VISUAL = dict(teacher="Qwen/Qwen2.5-VL-32B-Instruct", data="xyliu6/geometry3k", updates=2, max_prompt=2048, max_response=2048, max_steps=60,
               freeze_vision=True, save_every=20, **HUB)
 MATH = dict(data="Elliott/Openr1-Math-46k-8192", column_problem="prompt", updates=4, max_prompt=2048, max_response=8192, max_steps=300, save_every=50, **HUB)
+AGENTIC = dict(teacher="TIGER-Lab/PixelReasoner-RL-v1", data="TIGER-Lab/PixelReasoner-RL-Data", column_problem="question", column_images="image",
+               calls=2, updates=2, max_prompt=8192, max_response=8192, max_steps=40, freeze_vision=True, save_every=20, **HUB)
 PRESETS = {
     "toy": dict(student="toy/student", teacher="toy/teacher", data="toy/train", eval_data="toy/test", prompts=64, updates=2, max_steps=150, lr=1e-3,
                 warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400),
-    "toy-math": dict(student="toy/math/student", teacher="toy/math/teacher", data="toy/math/train", eval_data="toy/math/test", prompts=64, updates=2,
-                     max_steps=150, lr=1e-3, warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400),
+    "toy-math": dict(student="toy/math/student", teacher="toy/math/teacher", data="toy/math/train", eval_data="toy/math/test", prompts=64, group=4,
+                     updates=2, rollout_batch=256, max_steps=100, lr=1e-3, warmup=10, schedule="linear", dtype="float32", micro_batch=128,
+                     eval_every=25, eval_rows=400),
+    "toy-agentic": dict(student="toy/zoom/student", teacher="toy/zoom/teacher", data="toy/zoom/train", eval_data="toy/zoom/test", calls=2, prompts=64,
+                        updates=2, max_response=192, max_steps=120, lr=5e-4, warmup=10, schedule="linear", dtype="float32", micro_batch=32,
+                        eval_every=25, eval_rows=200),
     "visual-3b": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", **VISUAL),
     "visual-7b": dict(student="Qwen/Qwen2.5-VL-7B-Instruct", **VISUAL),
     "math-1.5b": dict(student="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", teacher="Skywork/Skywork-OR1-Math-7B", **MATH),
     "math-7b": dict(student="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", teacher="Skywork/Skywork-OR1-32B-Preview", **MATH),
+    "agentic-3b": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", **AGENTIC),
 }
 
 
@@ -69,6 +81,7 @@ class Args(common.Args):
     floor: bool = True  # part 2: no reward is below log(lambda) / (1 - lambda)
     select: bool = True  # part 3: only the share beta of the tokens with the largest entropy is trained
     explore: bool = True  # part 4: first all tokens above the floor are trained, and only after the switch the selected ones
+    calls: int = 0  # calls of image tools (crop_image, select_frames) that a response may make; 0 = no tools are offered
     lam: float = 0.3  # lambda of the floor; with skew the student's share of the mixture
     beta: float = 0.2  # share of the tokens that part 3 keeps
     switch: float = 0.5  # share of the steps that part 4 explores
@@ -88,6 +101,18 @@ def question(row: dict) -> common.Context:
     """x, with its images if the row has any: what both student and teacher see."""
     images = row.get("images", [])
     return common.Context([common.user_message(f"{row['problem']}\n\n{INSTRUCTION}", len(images))], images)
+
+
+TOOLS = {"role": "system", "content": (
+    "You may look closer before you answer, with one call in a turn. Zoom into a box, in fractions of the sides:\n"
+    '<tool_call>{"name": "crop_image", "arguments": {"bbox_2d": [left, top, right, bottom], "target_image": 1}}</tool_call>\n'
+    'Frames of a video again:\n<tool_call>{"name": "select_frames", "arguments": {"target_frames": [1, 2]}}</tool_call>')}
+
+
+def with_tools(row: dict) -> common.Context:
+    """The same, with the image tools offered."""
+    context = question(row)
+    return common.Context([TOOLS, *context.messages], context.images)
 
 
 # ====================================================================================================== losses
@@ -132,10 +157,16 @@ def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
 # ====================================================================================================== rollout
 def rollout(rows: list[dict], models: common.Models, writer, args: Args) -> list[common.Sample]:
     """The student answers this rank's questions; with sft the teacher does (writer: its engine)."""
-    samples = common.sample_responses(writer or models.engine, rows, {"question": question}, args)
+    samples = common.sample_responses(writer or models.engine, rows, {"question": with_tools if args.calls else question}, args)
     if args.method == "grpo":
         common.reward_answers(samples, args.group)
     return samples
+
+
+def tool_use(samples: list[common.Sample]) -> dict[str, float]:
+    """Answered calls a response, and the share of the calls that was answered with an error."""
+    seen = [sample.response.observations for sample in samples]
+    return common.mean_over_ranks({"tool_calls": [len(of_one) for of_one in seen], "tool_errors": [o.failed for of_one in seen for o in of_one]})
 
 
 # ====================================================================================================== score
@@ -245,6 +276,8 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError(f"--lam is {args.lam}; it must lie in (0, 1), ends excluded")
     if not 0 < args.beta <= 1:
         raise common.UserError(f"--beta is {args.beta}; it must lie in (0, 1]: 1 keeps every token")
+    if args.calls < 0:
+        raise common.UserError(f"--calls is {args.calls}; it must not be negative")
     if args.switch < 0 or args.clip_high < 0 or not 0 <= args.clip_low < 1:
         raise common.UserError("--switch and --clip-high must not be negative, and --clip-low must lie in [0, 1)")
     if args.method == "grpo" and args.group < 2:
@@ -278,13 +311,17 @@ def main() -> None:
     if teacher is not None:
         reader = common.Processor(teacher)
         common.check_same_inputs(processor, reader)
-    seen = dict(images=processor.image_id is not None)
-    held_out = common.load_rows(args, processor, {"question": question}, held_out=True, **seen)
-    train = common.load_rows(args, processor, {"question": question}, answers=args.method == "grpo", **seen)
+    if args.calls and processor.image_id is None:
+        raise common.UserError(f"--calls offers image tools, and {args.student!r} is a text-only model")
+    context, seen = with_tools if args.calls else question, dict(images=processor.image_id is not None)
+    held_out = common.load_rows(args, processor, {"question": context}, held_out=True, **seen)
+    train = common.load_rows(args, processor, {"question": context}, answers=args.method == "grpo", **seen)
     steps = common.count_steps(args, train)
     models = common.load_models(args, processor, teacher, steps * args.updates)
     if args.method == "sft":
         writer = common.ENGINES[args.engine](teacher, reader, args)
+    if args.calls:
+        models.engine, writer = (engine and common.WithTools(engine, args.calls, args) for engine in (models.engine, writer))
 
     parts = [name for name in ("stop_gradient", "floor", "select", "explore") if getattr(args, name)] if args.method == "reopold" else []
     run.begin(f"{args.method}{' (' + ', '.join(parts) + ')' if parts else ''}, {steps} steps of {args.prompts} questions x {args.group} responses in "
@@ -293,10 +330,12 @@ def main() -> None:
         common.say(f"warning: --switch {args.switch} lies behind the last step: the run only explores")
     order = common.data_order(len(train), args.prompts, args.seed)
     with common.Progress(run, steps) as progress:
-        progress.evaluate(models.engine, held_out, question, args)
+        progress.evaluate(models.engine, held_out, context, args)
         for step in progress:
             samples = rollout([train[i] for i in common.my_share(next(order))], models, writer, args)
             progress.samples(samples, args, rewarded=args.method == "grpo")
+            if args.calls:
+                progress.log(tool_use(samples))
             progress.phase("rollout")
             parts = [score(part, models, args) for part in common.split(samples, args.updates)]
             progress.phase("score")  # the teacher's share of the step (Figure 14)
@@ -311,7 +350,7 @@ def main() -> None:
                 progress.note("no token was kept: nothing is learned in this step")
             models.engine.sync(models.student.weights())
             progress.phase("sync")
-            progress.evaluate(models.engine, held_out, question, args)
+            progress.evaluate(models.engine, held_out, context, args)
             progress.save(models, args)
 
 

@@ -15,6 +15,8 @@ held-out strips occurs in training.
     captions/        built when it is first asked for (ViGOS): the same questions under a caption that may name a wrong digit.
                      train/ test/; conflict/: three strips a question and caption, of which the first alone is as the caption says;
                      student/: the student, trained on to describe first, and to believe captions
+    zoom/            built when it is first asked for (Reopold with image tools): strips on a card in one of nine places of a picture twenty times
+                     as wide, seen as small as a strip: too small to read without zooming in. train/ test/, teacher/ and student/, trained on to zoom
     math/            built when it is first asked for (Reopold on text alone): train/ test/ with the digits named in the question,
                      teacher/: text-teacher/, trained on in Reopold's prompt, student/: a smaller one, half-trained
 
@@ -139,6 +141,28 @@ def conflicts(images, labels, rows: list[dict], seed: int) -> list[dict]:
     return result
 
 
+CALL_WORDS = ["<tool_call>", "</tool_call>", "crop_image", "select_frames", '"arguments"', "bbox_2d", "target_image", '"name"']
+PLACES = [(x, y) for y in (0.15, 0.45, 0.75) for x in (0.15, 0.45, 0.75)]  # of a strip in the picture of zoom/: its left and upper edge
+SHARE = 0.05  # of the picture's width and height that the strip has
+
+
+def hide(rows: list[dict], seed: int) -> list[dict]:
+    """The rows with their strips shrunk to the scans' own 8 pixels a digit, on a grey card somewhere in a black picture of 480 x 160."""
+    from PIL import Image
+
+    rng, result = random.Random(seed), []
+    for row in rows:
+        strip = row["images"][0].resize((24, 8), Image.Resampling.BOX)
+        left, top = rng.choice(PLACES)
+        picture = Image.new("RGB", (round(24 / SHARE), round(8 / SHARE)))
+        at = (round(left * picture.width), round(top * picture.height))
+        picture.paste((160, 160, 160), (at[0] - 24, at[1] - 8, at[0] + 48, at[1] + 16))
+        picture.paste(strip, at)
+        box = [left, top, round(left + SHARE, 2), round(top + SHARE, 2)]
+        result.append({"problem": row["problem"], "images": [picture], "answer": row["answer"], "solution": row["solution"], "box": str(box)})
+    return result
+
+
 # ====================================================================================================== what the models learn
 def drill(row: dict) -> str:
     """Eight worked steps in a row, as text: what a language model knows before it learns to see."""
@@ -156,6 +180,8 @@ def respond(row: dict, style: str) -> str:
     """The row's solution in one of the papers' formats: reason (VGS), think (PTD-PO), see-first and description (ViGOS)."""
     if style == "drill":
         return drill(row)
+    if style == "call":
+        return f'<tool_call>{{"name": "crop_image", "arguments": {{"bbox_2d": {row["box"]}, "target_image": 1}}}}</tool_call>'
     seen, _, steps = row["solution"].partition(". ")
     if style == "reason":
         return f"<reason>{row['solution']}</reason>\n\\boxed{{{row['answer']}}}"
@@ -208,8 +234,11 @@ DESCRIBING = {
     "describe": (vigos.image_alone, "description after tag"),
 }
 TEXT_ALONE = {"ask_text": (lambda row: reopold.question({"problem": row["text_problem"]}), "think")}  # Reopold's, for the models of math/
-MATH_TEACHER, MATH_STUDENT = [(150, {"ask_text": 1})], [(250, {"ask_text": 1})]
+MATH_TEACHER, MATH_STUDENT = [(150, {"ask_text": 1})], [(500, {"ask_text": 0.3, "drill": 1})]
+ZOOMING = {"call": (reopold.with_tools, "call"), "zoomed": (reopold.with_tools, "think")}  # the second after the call of the first
+ZOOM_TEACHER, ZOOM_STUDENT = [(200, {"call": 1, "zoomed": 1})], [(300, {"call": 1, "zoomed": 1})]
 DESCRIBER = [(400, {"describe_first": 0.5, "told_answer": 3, "describe": 1.5})]
+LESSONS = CONTEXTS | DESCRIBING | TEXT_ALONE | ZOOMING
 
 
 # ====================================================================================================== models
@@ -294,9 +323,9 @@ def train(folder: Path, rows: list[dict], phases: list[tuple[int, dict]], title:
         for _ in range(batch):
             i, name = rng.randrange(len(rows)), rng.choices(list(mix), mix.values())[0]
             if (i, name) not in encoded:
-                context, style = (CONTEXTS | DESCRIBING | TEXT_ALONE)[name]
-                target = processor.tokenizer(respond(rows[i], style), add_special_tokens=False)["input_ids"] + [ends]
-                encoded[i, name] = (processor.encode(context(rows[i])), target)
+                context, style = LESSONS[name]
+                before = zoomed(processor, rows[i]) if name == "zoomed" else processor.encode(context(rows[i]))
+                encoded[i, name] = (before, processor.tokenizer(respond(rows[i], style), add_special_tokens=False)["input_ids"] + [ends])
             prompt, target = encoded[i, name]
             prompts.append(prompt)
             responses.append(target)
@@ -323,6 +352,15 @@ def train(folder: Path, rows: list[dict], phases: list[tuple[int, dict]], title:
             if common.evaluate(engine, stop[0], vgs.with_image)["acc@1"] >= stop[1]:
                 break
     common.save_checkpoint(model.lm, processor, folder)
+
+
+def zoomed(processor: common.Processor, row: dict) -> common.Prompt:
+    """The question, the right call, and the part of the picture that it shows."""
+    call = respond(row, "call")
+    ids = processor.tokenizer(call, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    text, images, _ = common.answer_call(common.CALL.search(call)[1], row["images"])
+    shown = common.Observation(len(ids), processor.next_turn(common.user_message(text, 1), images), text, False)
+    return common.transcript(processor.encode(reopold.with_tools(row)), ids, [shown])[0]
 
 
 def next_token(logits, ids):
@@ -408,13 +446,30 @@ def build_math(folder: Path, root: Path) -> None:
     train(folder / "student", rows["train"], MATH_STUDENT, "student of text")
 
 
-PARTS = {"captions": build_captions, "math": build_math}  # what is built only when it is asked for
+def build_zoom(folder: Path, root: Path) -> None:
+    """zoom/ into `folder`, from the rest of the toy in `root`."""
+    torch.manual_seed(0)
+    rows = {}
+    for (name, part), count, seed in zip(scans().items(), (TRAIN_ROWS, TEST_ROWS), (12, 13)):
+        rows[name] = hide(make_rows(*part, count, seed, jitter=name == "train"), seed)
+        write(rows[name], folder / name)
+    for name, phases in (("teacher", ZOOM_TEACHER), ("student", ZOOM_STUDENT)):
+        shutil.copytree(root / name, folder / name)
+        processor = common.Processor(str(folder / name))
+        processor.images.size = {"shortest_edge": 3 * SIDE**2, "longest_edge": 3 * SIDE**2}  # every picture is seen as large as a strip
+        processor.images.save_pretrained(folder / name)
+        processor.tokenizer.add_tokens(CALL_WORDS)  # in rows of the output matrix that were empty so far
+        processor.tokenizer.save_pretrained(folder / name)
+        train(folder / name, rows["train"], phases, f"{name} who zooms", batch=16, lr=2e-3)
+
+
+PARTS = {"captions": build_captions, "math": build_math, "zoom": build_zoom}  # what is built only when it is asked for
 
 
 def recipe(family: str) -> str:
     """Changes whenever this file or a prompt that the models are trained on changes."""
     row = {key: key for key in ("problem", "answer", "solution", "hint", "text_problem", "doubted")} | {"images": [None]}
-    prompts = [context(row).messages for context, _ in (CONTEXTS | DESCRIBING | TEXT_ALONE).values()]
+    prompts = [context(row).messages for context, _ in LESSONS.values()]
     return hashlib.sha256(Path(__file__).read_bytes() + repr((family, prompts)).encode()).hexdigest()[:10]
 
 
@@ -441,13 +496,13 @@ def build_once(folder: Path, minutes: str, build, *args) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=("qwen3_vl", "qwen2_5_vl"), default="qwen3_vl", help="classes of the student and the teacher")
-    parser.add_argument("--part", default="", help="a folder of it that is wanted; captions/ and math/ are built only then")
+    parser.add_argument("--part", default="", help="a folder of it that is wanted; captions/, math/ and zoom/ are built only then")
     args = parser.parse_args()
     cache = Path(os.environ.get("CLEANOPD_CACHE") or Path.home() / ".cache" / "cleanopd")
     folder = cache / f"toy-{args.family}-{recipe(args.family)}"
     build_once(folder, "5 minutes", build, args.family)
     if args.part in PARTS:
-        build_once(folder / args.part, "half a minute", PARTS[args.part], folder)
+        build_once(folder / args.part, "one to two minutes", PARTS[args.part], folder)
     print(folder)
 
 

@@ -21,6 +21,7 @@ import vold  # noqa: E402
 TAGGED = "<think>\n1+1=2.</think>\n\\boxed{2}"  # a response of vold's, whose teacher has one token for <think>
 IN_FORM = "The digits are {0},3.</description>\n<think>{0}+3.</think>\n\\boxed{{7}} and more"  # vigos's, from <description> on
 
+ZOOM = '{"name": "crop_image", "arguments": {"bbox_2d": [0.3, 0.0, 0.7, 1.0], "target_image": 1}}'
 CORRECT = [True, False, False, False, True, True, False, True]  # of ptdpo's and vold's rollouts, in groups of two
 
 
@@ -30,7 +31,7 @@ def fixed_samples(processor, rows, count: int, file: str = "vgs", settings: dict
     settings = settings or {}
     contexts = {"vgs": lambda: vgs.contexts(vgs.Args(method="vgs")), "ptdpo": lambda: ptdpo.contexts(ptdpo.Args(**settings)),
                 "vold": lambda: vold.contexts(vold.Args(**settings)), "vigos": lambda: vigos.contexts(vigos.Args(**settings)),
-                "reopold": lambda: {"question": reopold.question}}[file]()
+                "reopold": lambda: {"question": reopold.with_tools if settings.get("calls") else reopold.question}}[file]()
     samples = []
     for i in range(count):
         n = int(torch.randint(3, 13, (), generator=generator))
@@ -44,6 +45,10 @@ def fixed_samples(processor, rows, count: int, file: str = "vgs", settings: dict
             n = len(ids)
         views = {name: view for name, context in contexts.items() if (view := context(row)) is not None}
         prompts, response = {name: processor.encode(view) for name, view in views.items()}, common.Response(ids, [-1.0] * n, True)
+        for at in (i % 3, 3)[: settings.get("calls", 0)] if i % 4 else ():  # a part of the image, and an error message
+            text, images, failed = common.answer_call(ZOOM if at < 3 else "{", row["images"])
+            turn = processor.next_turn(common.user_message(text, len(images)), images)
+            response.observations.append(common.Observation(at, turn, text, failed))
         kind = {"vgs": common.Sample, "ptdpo": ptdpo.Sample, "vold": vold.Sample, "vigos": vigos.Sample,
                 "reopold": common.Sample}[file]
         samples.append(kind(row, prompts, response, CORRECT[i], 0.0, (-1.0) ** i))
@@ -125,7 +130,7 @@ def reopold_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> d
     done = settings.pop("progress", 0.0)  # share of the run's steps that is behind it
     args = reopold.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", micro_batch=micro, loss_chunk=chunk, **settings)
     models = common.load_models(args, processor, args.teacher, updates=1)
-    micros = reopold.score(mine(fixed_samples(processor, rows, 8, "reopold"), shares), models, args)
+    micros = reopold.score(mine(fixed_samples(processor, rows, 8, "reopold", settings), shares), models, args)
     reopold.remember(micros, models, args)
     for m in micros:
         m.old = stale(m.old, m.ids) if args.updates > 1 else m.old

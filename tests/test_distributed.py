@@ -14,7 +14,7 @@ OTHER = [("vgs", {"method": "standard"}), ("vgs", {"method": "adaptive"}), ("ptd
          ("ptdpo", {"lambda_ptd": 0.5, "blind_tutor": True}), ("vold", {"beta": 0.5}),
          ("vold", {"beta": 0.5, "kl_tokens": "sum", "ratio": "sequence", "updates": 2}),
          ("vigos", {"clip": 0.5}), ("vigos", {"method": "opsd"}), ("vigos", {"lora": 4}),
-         ("reopold", {"progress": 0.9, "updates": 2}), ("reopold", {"updates": 2}), ("reopold", {"method": "gkd-top"})]
+         ("reopold", {"progress": 0.9, "updates": 2}), ("reopold", {"updates": 2, "calls": 2}), ("reopold", {"method": "gkd-top"})]
 
 
 @pytest.fixture(scope="module")

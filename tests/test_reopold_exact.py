@@ -32,6 +32,8 @@ SETTINGS = {
     "gkd-top": {"method": "gkd-top"},
     "sft": {"method": "sft"},
     "grpo": {"method": "grpo", "updates": 2},
+    "+2, with tools": {"select": False, "explore": False, "calls": 2},
+    "Reopold, refining, with tools": {"progress": 0.5, "calls": 2, "updates": 2},
 }
 
 
@@ -65,12 +67,13 @@ def loss(world, settings):
     o = {"method": "reopold", "stop_gradient": True, "floor": True, "select": True, "explore": True, "lam": 0.3, "beta": 0.2, "progress": 0.0} | settings
     lowest = math.log(o["lam"]) / (1 - o["lam"])
     gains, rewards, entropies = [], [], []
-    for s in fixed_samples(processor, rows, 8, "reopold"):
+    for s in fixed_samples(processor, rows, 8, "reopold", settings):
         ids = torch.tensor(s.response.ids)
         prompt = s.prompts["question"]
-        p = read(student, prompt, s.response.ids, processor.image_id, processor.vocab)
+        rest = (processor.image_id, processor.vocab, s.response.observations)
+        p = read(student, prompt, s.response.ids, *rest)
         with torch.no_grad():
-            q = read(teacher, prompt, s.response.ids, processor.image_id, processor.vocab)
+            q = read(teacher, prompt, s.response.ids, *rest)
         entropies += (-(p * p.log()).sum(-1)).tolist()
         if o["method"] in ("skew", "gkd", "gkd-top"):
             gains += [-full_divergence(p[t], q[t], o["method"], o["lam"]) for t in range(len(ids))]
