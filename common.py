@@ -17,6 +17,7 @@ import base64
 import dataclasses
 import datetime
 import functools
+import hashlib
 import http.client
 import importlib.util
 import io
@@ -804,28 +805,29 @@ class HFEngine:
             ours[name].copy_(value)
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0, limits: list[int] | None = None) -> list[Response]:
+    def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0, limits: list[int] | None = None,
+                 seeds: list[int] | None = None) -> list[Response]:
         """One response a prompt, in order. temperature 0 is greedy. Log-probs are those of the distribution sampled from.
 
-        limits: the most tokens of each response, instead of --max-response for all.
+        limits: the most tokens of each response, instead of --max-response for all. seeds: what each response is drawn with; without
+        them torch's global generator decides.
         """
         from transformers import GenerationConfig, LogitsProcessorList
 
-        # Fresh settings: a checkpoint's own (top_k 20, a repetition penalty) would silently bend the sampling. All bending
-        # is done by our processors below, so that the Recorder behind them sees it.
+        # Fresh settings: a checkpoint's own (top_k 20, a repetition penalty) would silently bend the sampling. All bending, and
+        # the choice itself, is done by our processors below.
         self.lm.generation_config = GenerationConfig()
-        plain = dict(top_k=0, top_p=1.0, temperature=1.0) if temperature > 0 else {}
-        config = GenerationConfig(do_sample=temperature > 0, eos_token_id=self.ends, pad_token_id=self.processor.pad_id,
-                                  suppress_tokens=self.banned, **plain)
+        config = GenerationConfig(do_sample=False, eos_token_id=self.ends, pad_token_id=self.processor.pad_id, suppress_tokens=self.banned)
         responses: list[Response] = []
         limits = limits or [self.args.max_response] * len(prompts)
+        seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
         for start in range(0, len(prompts), self.args.rollout_batch):
-            part, room = (x[start : start + self.args.rollout_batch] for x in (prompts, limits))
+            part, room, own = (x[start : start + self.args.rollout_batch] for x in (prompts, limits, seeds))
             config.max_new_tokens = max(room)
             batch = {k: v.to(device()) for k, v in self.processor.pad(part, left=True).items()}
-            warpers = sampling_processors(temperature, top_p, top_k)
-            output = self.lm.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList(warpers))
-            log_probs = warpers[-1].log_probs(output).tolist()  # [B, T]
+            processors = sampling_processors(temperature, top_p, top_k, own, max(room))
+            output = self.lm.generate(**batch, generation_config=config, logits_processor=LogitsProcessorList(processors))
+            log_probs = torch.stack(processors[-1].log_probs, dim=-1).tolist()  # [B, T]
             for ids, values, limit in zip(output[:, batch["input_ids"].shape[1] :].tolist(), log_probs, room):
                 end = next((i + 1 for i, token in enumerate(ids[:limit]) if token in self.ends), None)
                 kept = ids[: end or limit]
@@ -895,28 +897,39 @@ def as_data_url(image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-class Recorder:
-    """Last in the list of logits processors: notes the log-prob of each sampled token.
+class Sampler:
+    """Last in the list of logits processors: chooses every token, and notes its log-prob.
 
-    It keeps one step's log-probs, [B, V]: the token sampled from them is known when the next step begins.
+    A response is drawn with its own seed's numbers, by inverting the distribution function: what else is in the batch, and on how
+    many ranks the batch is spread, changes nothing.
     """
 
-    def __init__(self):
-        self.last, self.chosen = None, []
+    def __init__(self, seeds: list[int] | None, length: int):
+        """seeds: one a response, of at most `length` tokens; None: greedy. log_probs: a [B] a step."""
+        self.log_probs, self.numbers = [], None
+        if seeds is not None:
+            rows = [torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            self.numbers = torch.stack(rows).to(device())  # [B, T] in [0, 1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.last is not None:
-            self.chosen.append(self.last.gather(-1, input_ids[:, -1:]))
-        self.last = scores.float().log_softmax(-1)
-        return scores
+        log_p = scores.float().log_softmax(-1)
+        if self.numbers is None:
+            token = log_p.argmax(-1, keepdim=True)
+        else:
+            below = log_p.double().exp().cumsum(-1)
+            at = self.numbers[:, len(self.log_probs), None] * below[:, -1:]
+            token = torch.searchsorted(below, at, right=True).clamp(max=below.shape[-1] - 1)
+        self.log_probs.append(log_p.gather(-1, token).squeeze(-1))
+        return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
 
-    def log_probs(self, output: Tensor) -> Tensor:
-        """[B, T], once `output` [B, prompt + T] is complete."""
-        return torch.cat([*self.chosen, self.last.gather(-1, output[:, -1:])], dim=-1)
+
+def seed_of(*numbers: int) -> int:
+    """A seed of 62 bits for a place in the run that these numbers name."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()) >> 2
 
 
-def sampling_processors(temperature: float, top_p: float, top_k: int) -> list:
-    """Temperature, top-k and top-p, in that order, and last a Recorder. temperature 0 is greedy: the Recorder alone."""
+def sampling_processors(temperature: float, top_p: float, top_k: int, seeds: list[int], length: int) -> list:
+    """Temperature, top-k and top-p, in that order, and last a Sampler. temperature 0 is greedy."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     bend = []
@@ -926,7 +939,7 @@ def sampling_processors(temperature: float, top_p: float, top_k: int) -> list:
         bend.append(TopKLogitsWarper(top_k))
     if temperature and top_p < 1:
         bend.append(TopPLogitsWarper(top_p))
-    return [*bend, Recorder()]
+    return [*bend, Sampler(seeds if temperature else None, length)]
 
 
 # ====================================================================================================== image tools
@@ -1005,14 +1018,16 @@ class WithTools:
         """calls: that one response may make."""
         self.engine, self.calls, self.args, self.processor, self.sync = engine, calls, args, engine.processor, engine.sync
 
-    def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[Response]:
-        """See HFEngine.generate. text holds all turns and what tools answered."""
+    def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0, limits: None = None,
+                 seeds: list[int] | None = None) -> list[Response]:
+        """See HFEngine.generate; the limit is --max-response for all. text holds all turns and what tools answered."""
         responses, going = [Response([], [], False) for _ in prompts], list(range(len(prompts)))
         for turn in range(self.calls + 1):
             so_far = [transcript(prompts[i], responses[i].ids, responses[i].observations)[0] for i in going]
             room = [self.args.max_response + len(prompts[i].ids) - len(p.ids) for i, p in zip(going, so_far)]
             calling = []
-            for i, seen, left, answer in zip(going, so_far, room, self.engine.generate(so_far, temperature, top_p, top_k, room)):
+            drawn = seeds and [seed_of(seeds[i], turn) for i in going]
+            for i, seen, left, answer in zip(going, so_far, room, self.engine.generate(so_far, temperature, top_p, top_k, room, drawn)):
                 response, call = responses[i], CALL.search(answer.text)
                 response.ids += answer.ids
                 response.log_probs += answer.log_probs
@@ -1056,13 +1071,15 @@ class Sample:
 def sample_responses(engine, rows: list[dict], contexts: dict, args: Args, kind=Sample) -> list:
     """`group` consecutive responses a row, sampled under the first of the contexts (name -> fn(row) -> Context).
 
+    Each is drawn with a seed of its own: from --seed, the row's number among all that the run draws, and its number in the group.
     A context may be None for a row (it lacks what the context shows): the sample then has no prompt of that name.
     kind: Sample or a subclass.
     """
     views = [{name: context(row) for name, context in contexts.items()} for row in rows]
     encoded = [{name: engine.processor.encode(view) for name, view in of_row.items() if view is not None} for of_row in views]
     sampled_under = next(iter(contexts))
-    responses = engine.generate([p[sampled_under] for p in encoded for _ in range(args.group)], args.temperature, args.top_p, args.top_k)
+    seeds = [seed_of(args.seed, row.get("draw", row["index"]), i) for row in rows for i in range(args.group)]
+    responses = engine.generate([p[sampled_under] for p in encoded for _ in range(args.group)], args.temperature, args.top_p, args.top_k, seeds=seeds)
     return [kind(rows[i // args.group], encoded[i // args.group], response) for i, response in enumerate(responses)]
 
 
@@ -1370,7 +1387,8 @@ def evaluate(engine, rows, context, samples: int = 0) -> dict[str, float]:
     greedy = [is_correct(extract_answer(r.text), str(row["answer"])) for r, row in zip(engine.generate(prompts, 0.0), mine)]
     sums = [len(mine), sum(greedy), 0.0, 0, 0]
     if samples:
-        answers = [extract_answer(r.text) for r in engine.generate([p for p in prompts for _ in range(samples)], 1.0)]
+        seeds = [seed_of(row["index"], i) for row in mine for i in range(samples)]
+        answers = [extract_answer(r.text) for r in engine.generate([p for p in prompts for _ in range(samples)], 1.0, seeds=seeds)]
         for i, row in enumerate(mine):
             given = answers[i * samples : (i + 1) * samples]
             right = [is_correct(a, str(row["answer"])) for a in given]
@@ -1683,3 +1701,16 @@ def data_order(rows: int, prompts: int, seed: int):
             queue += torch.randperm(rows, generator=generator).tolist()
         yield queue[:prompts]
         queue = queue[prompts:]
+
+
+class Questions:
+    """The training rows in the order of data_order, and how many batches of them were drawn."""
+
+    def __init__(self, rows: Rows, args: Args):
+        self.rows, self.order, self.drawn = rows, data_order(len(rows), args.prompts, args.seed), 0
+
+    def draw(self) -> list[dict]:
+        """This rank's part of the next batch; row["draw"] is a row's number among all that the run draws."""
+        numbers = next(self.order)
+        first, self.drawn = self.drawn * len(numbers), self.drawn + 1
+        return [self.rows[i] | {"draw": n} for n, i in my_share(list(enumerate(numbers, first)))]

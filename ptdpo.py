@@ -611,11 +611,11 @@ def main() -> None:
     run.begin(f"{args.optimizer} (clip {args.clip_low}/{args.clip_high}, kl {args.kl}, mean over {args.average}s), lambda {args.lambda_ptd}{f', hints for {hints} of {len(train)} rows' * ('hint' in extra)}, {steps} steps of "
               f"{args.prompts} questions x {args.group} responses in {args.updates} updates, "
               f"{args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
-    order = common.data_order(len(train), args.prompts, args.seed)
+    questions = common.Questions(train, args)
     with common.Progress(run, steps) as progress:
         progress.evaluate(models.engine, held_out, question, args)
         for step in progress:
-            samples, groups = rollout(lambda: [train[i] for i in common.my_share(next(order))], models, args)
+            samples, groups = rollout(questions.draw, models, args)
             progress.samples(samples, args, rewarded=True)
             progress.log(groups)
             if groups["with_advantage"] == 0:

@@ -328,11 +328,11 @@ def main() -> None:
               f"{args.updates} updates, {args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
     if explores(args, (steps - 1) / steps):
         common.say(f"warning: --switch {args.switch} lies behind the last step: the run only explores")
-    order = common.data_order(len(train), args.prompts, args.seed)
+    questions = common.Questions(train, args)
     with common.Progress(run, steps) as progress:
         progress.evaluate(models.engine, held_out, context, args)
         for step in progress:
-            samples = rollout([train[i] for i in common.my_share(next(order))], models, writer, args)
+            samples = rollout(questions.draw(), models, writer, args)
             progress.samples(samples, args, rewarded=args.method == "grpo")
             if args.calls:
                 progress.log(tool_use(samples))

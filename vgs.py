@@ -365,11 +365,11 @@ def main() -> None:
 
     run.begin(f"{args.method}, {steps} steps of {args.prompts} questions x {args.group} responses in {args.updates} updates, "
               f"{args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
-    eta, updates, order = args.eta if uses_eta(args) else 1.0, 0, common.data_order(len(train), args.prompts, args.seed)
+    eta, updates, questions = args.eta if uses_eta(args) else 1.0, 0, common.Questions(train, args)
     with common.Progress(run, steps) as progress:
         progress.evaluate(models.engine, held_out, with_image, args)
         for step in progress:
-            samples = rollout([train[i] for i in common.my_share(next(order))], models, args)
+            samples = rollout(questions.draw(), models, args)
             progress.samples(samples, args, rewarded=uses_rewards(args))
             progress.phase("rollout")
             parts = [score(part, models, args) for part in common.split(samples, args.updates)]

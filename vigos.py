@@ -544,11 +544,11 @@ def main() -> None:
 
     run.begin(f"{args.method}, {steps} steps of {args.prompts} questions x {args.group} responses, on {common.world_size()} ranks; "
               f"{count_given_away(train)} of {len(train)} questions hold their own answer as a word")
-    order = common.data_order(len(train), args.prompts, args.seed)
+    questions = common.Questions(train, args)
     with common.Progress(run, steps) as progress:
         progress.evaluate(models.engine, held_out, question, args, conflicts)
         for _ in progress:
-            samples = rollout([train[i] for i in common.my_share(next(order))], models, args)
+            samples = rollout(questions.draw(), models, args)
             progress.samples(samples, args, rewarded=True)
             spans = common.mean_over_ranks(span_statistics(samples))
             progress.log(spans)

@@ -361,7 +361,7 @@ def write_traces(rows: common.Rows, args: Args, folder: Path) -> None:
         if not batch:
             continue
         prompts = [engine.processor.encode(question(row, args)) for row in batch]
-        responses = engine.generate(prompts, args.temperature, args.top_p, args.top_k)
+        responses = engine.generate(prompts, args.temperature, args.top_p, args.top_k, seeds=[common.seed_of(args.seed, row["index"]) for row in batch])
         store.add([{"row": row["index"], "problem": row["problem"], "answer": row.get(args.column_answer), "response": r.text, "finished": r.finished}
                    for row, r in zip(batch, responses)])
 
@@ -435,11 +435,11 @@ def rl(train: common.Rows, held_out, processor: common.Processor, reader: Reader
     models = common.load_models(args, processor, args.teacher if distils(args) else None, steps * args.updates)
     run.begin(f"stage 2, beta {args.beta}, mask {args.mask}, {steps} steps of {args.prompts} questions x {args.group} responses in {args.updates} "
               f"updates, {args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
-    order = common.data_order(len(train), args.prompts, args.seed)
+    questions = common.Questions(train, args)
     with common.Progress(run, steps) as progress:
         progress.evaluate(models.engine, held_out, lambda row: with_image(row, args), args)
         for step in progress:
-            samples = rollout([train[i] for i in common.my_share(next(order))], models, reader, args)
+            samples = rollout(questions.draw(), models, reader, args)
             progress.samples(samples, args, rewarded=True)
             if distils(args):
                 progress.log(common.mean_over_ranks({"distilled_responses": [s.distilled for s in samples]}) | {"beta": beta(args, step)})

@@ -1,7 +1,9 @@
 """World size, micro-batch size and chunk size change nothing: gradients on fixed rollouts agree to 1e-6 relative in float32."""
 
+import json
+
 import pytest
-from conftest import distance, layout_gradients
+from conftest import distance, flags, layout_gradients, run_script
 
 WHOLE = 100_000  # a chunk that holds every token
 MIXED = ("vgs", {"method": "vgs-lp", "alpha": 0.3})
@@ -49,3 +51,17 @@ def test_the_other_shapes_of_batch_too(gradients, other):
         assert all(two["log"][key] == pytest.approx(value, rel=1e-5) for key, value in one["log"].items())
     else:
         assert two["eta"] == (None if other[1]["method"] == "standard" else pytest.approx(one["eta"], rel=1e-5))
+
+
+def test_two_ranks_train_as_one_does(tiny, tmp_path):
+    """The real script, three steps: the same questions, the same sampled tokens, the same losses."""
+    runs = []
+    for ranks in (1, 2):
+        result = run_script("vgs.py", *flags(tiny, tmp_path / str(ranks), max_steps=3), torchrun=ranks if ranks > 1 else 0)
+        assert result.returncode == 0, result.stderr
+        runs.append([[json.loads(line) for line in (tmp_path / str(ranks) / file).read_text().splitlines()] for file in ("samples.jsonl", "metrics.jsonl")])
+    (samples, metrics), (first, again) = runs
+    tokens = {(s["step"], s["row"]): s["ids"] for s in samples}
+    assert len(first) == 6 and all(s["ids"] == tokens[s["step"], s["row"]] for s in first)  # the first rank logs its half
+    for one, two in zip(metrics, again):
+        assert {k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in one.items() if "seconds" not in k} == {k: v for k, v in two.items() if "seconds" not in k}

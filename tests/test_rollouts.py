@@ -1,5 +1,7 @@
 """The hf engine and the contexts: what is sampled, with which log-prob, and that the image is really seen."""
 
+import math
+
 import pytest
 import torch
 
@@ -40,6 +42,33 @@ def test_log_probs_are_those_of_the_distribution_sampled_from(tiny, tiny_rows, p
     expected = p[torch.arange(len(ids)), ids].log()
     got = torch.tensor([v for r in responses for v in r.log_probs], dtype=torch.float64)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+def test_a_response_depends_on_its_own_seed_alone(tiny, tiny_rows, processor):
+    """Not on the responses beside it, nor on the size of the batch: the same on any number of ranks."""
+    prompts, seeds = [processor.encode(vgs.with_image(tiny_rows[i])) for i in range(6)], [common.seed_of(0, i) for i in range(6)]
+    together = engine(tiny, processor, max_response=9).generate(prompts, 1.0, seeds=seeds)
+    hf = engine(tiny, processor, max_response=20)
+    for i in (4, 1):
+        (alone,) = hf.generate([prompts[i]], 1.0, limits=[9], seeds=[seeds[i]])
+        assert alone.ids == together[i].ids and alone.log_probs == pytest.approx(together[i].log_probs, abs=1e-5)
+    others = hf.generate([prompts[0]] * 8, 1.0, seeds=[common.seed_of(0, 0, j) for j in range(8)])
+    assert len({tuple(r.ids) for r in others}) == 8
+
+
+def test_tokens_come_as_often_as_their_probability_says(tiny, tiny_rows, processor):
+    """4,000 first tokens: chi-square over the tokens expected at least 20 times, within four of its standard deviations."""
+    hf = engine(tiny, processor, max_response=1)
+    prompt = processor.encode(vgs.with_image(tiny_rows[0]))
+    sampler = common.sampling_processors(1.0, 1.0, 0, list(range(4000)), 1)[-1]
+    with torch.no_grad():
+        logits = common.Model(str(tiny / "student"), torch.float32)(processor.batch([prompt], [[0]])) @ hf.lm.lm_head.weight.T
+        picked = sampler(None, logits.expand(4000, -1)).argmax(-1)
+    expected = 4000 * logits[0].double().softmax(-1)
+    seen = torch.bincount(picked, minlength=len(expected)).double()
+    often = expected >= 20
+    chi = ((seen - expected).square() / expected)[often].sum()
+    assert often.sum() > 10 and abs(chi - often.sum()) < 4 * math.sqrt(2 * often.sum())
 
 
 def test_placeholders_and_padding_rows_are_never_sampled(tiny, tiny_rows, processor):
@@ -111,7 +140,7 @@ def test_an_image_placeholder_in_the_question_is_refused(processor):
 def test_group_responses_are_consecutive_and_rewarded_within_their_group(tiny, tiny_rows, processor, monkeypatch):
     hf = engine(tiny, processor, max_response=4)
     texts = iter([r"\boxed{X}", r"\boxed{no}", r"\boxed{no}", r"\boxed{no}"])
-    monkeypatch.setattr(hf, "generate", lambda prompts, *_: [common.Response([1], [0.0], True, next(texts)) for _ in prompts])
+    monkeypatch.setattr(hf, "generate", lambda prompts, *_, **__: [common.Response([1], [0.0], True, next(texts)) for _ in prompts])
     models = common.Models(processor, None, hf, None, None, 0)
     rows = [tiny_rows[0] | {"answer": "X"}, tiny_rows[1] | {"answer": "Y"}]
     samples = vgs.rollout(rows, models, vgs.Args(method="grpo", group=2))

@@ -98,7 +98,7 @@ class Scripted:
     def sync(self, weights):
         pass
 
-    def generate(self, prompts, temperature, top_p=1.0, top_k=0, limits=None):
+    def generate(self, prompts, temperature, top_p=1.0, top_k=0, limits=None, seeds=None):
         self.asked.append((prompts, limits))
         responses = []
         for prompt, limit in zip(prompts, limits):
@@ -175,7 +175,7 @@ def test_what_was_sampled_in_turns_has_the_trainers_log_probs(tiny, tiny_rows, p
     engine.ends = [engine.processor.tokenizer.eos_token_id]
     short = common.Args(max_response=200)
     real = engine.generate
-    engine.generate = lambda prompts, t, p, k, room: real(prompts, t, p, k, [6 + i for i in range(len(room))])
+    engine.generate = lambda prompts, t, p, k, room, seeds: real(prompts, t, p, k, [6 + i for i in range(len(room))])
     prompts = [processor.encode(reopold.with_tools(tiny_rows[i])) for i in range(4)]
     responses = common.WithTools(Calling(engine), 2, short).generate(prompts, 1.0)
     assert [len(r.observations) for r in responses] == [2] * 4 and {o.failed for r in responses for o in r.observations} == {True, False}
