@@ -120,7 +120,7 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     given = {re.sub(r"^no-", "", a[2:].split("=")[0].replace("_", "-")).replace("-", "_") for a in argv if a.startswith("--")}
     names = [a.split("=", 1)[1] if "=" in a else b for a, b in zip(argv, argv[1:] + [""]) if a.split("=")[0] == "--preset"]
-    preset = names[-1] if names else ("toy" if not torch.cuda.is_available() else next(p for p in presets if p != "toy"))
+    preset = names[-1] if names else ("toy" if not torch.cuda.is_available() else next(p for p in presets if not p.startswith("toy")))
     if preset not in presets:
         raise UserError(f"there is no preset {preset!r}; choose one of: {', '.join(presets)}")
     default = cls(**presets[preset] | {"preset": preset})
@@ -357,9 +357,10 @@ class Rows:
             for image in row["images"] if min_side else ():
                 if min(image.size) < min_side:
                     return f"an image is {image.width} x {image.height} pixels, smaller than a patch ({min_side})"
-            if answers and not str(row["answer"] if row["answer"] is not None else "").strip():
+            if answers and not str(row["answer"] if row["answer"] not in (None, []) else "").strip():
                 return "the answer is empty, and this run needs it for its reward or evaluation"
-            if answers and not is_correct(extract_answer(f"\\boxed{{{row['answer']}}}"), str(row["answer"])):
+            given = row["answer"][0] if answers and isinstance(row["answer"], list) else row.get("answer")
+            if answers and not is_correct(extract_answer(f"\\boxed{{{given}}}"), row["answer"]):
                 return f"the answer {str(row['answer'])[:60]!r} cannot be written inside \\boxed{{}}: no response would ever be right"
             return complaint(row) if complaint else None
 
@@ -783,6 +784,7 @@ class Response:
     finished: bool
     text: str = ""
     observations: list[Observation] = field(default_factory=list)  # what tools answered on the way
+    refused: bool = False  # it ended in a call that was one too many, or whose answer no longer fitted
 
 
 class HFEngine:
@@ -953,6 +955,8 @@ def crop_image(arguments: dict, images: list) -> tuple[str, list]:
     if not isinstance(box, list) or len(box) != 4 or not all(is_number(x) for x in box):
         raise ToolError("bbox_2d must be four numbers: left, top, right, bottom")
     width, height = image.size
+    if max(box) > 1 and any(0 < x < 1 for x in box):
+        raise ToolError("bbox_2d must be four fractions of the sides, from 0 to 1, or four numbers of pixels")
     if max(box) <= 1:
         box = [x * side for x, side in zip(box, (width, height, width, height))]
     left, top, right, bottom = box
@@ -987,7 +991,8 @@ def image_of(number, images: list):
     return images[int(number) - 1]
 
 
-TOOLS = {"crop_image": crop_image, "select_frames": select_frames}  # by the name in a call: fn(arguments, images so far) -> (text, images)
+# By the name in a call: fn(arguments, images so far) -> (text with <image> marks, images), or raises ToolError. A tool of your own goes here.
+TOOLS = {"crop_image": crop_image, "crop_image_normalized": crop_image, "select_frames": select_frames}
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.S)  # around {"name": ..., "arguments": {...}}
 
 
@@ -1033,8 +1038,9 @@ class WithTools:
                 response.log_probs += answer.log_probs
                 response.text += answer.text
                 response.finished = answer.finished and not call
-                if call and answer.finished and turn < self.calls and self.observe(response, call[1].strip(), seen, left - len(answer.ids)):
-                    calling.append(i)
+                if answer.finished and call:
+                    response.refused = turn == self.calls or not self.observe(response, call[1].strip(), seen, left - len(answer.ids))
+                    calling += [] if response.refused else [i]
             going = calling
             if not going:
                 break
@@ -1051,7 +1057,7 @@ class WithTools:
         if len(turn.ids) >= room:
             return False
         response.observations.append(Observation(len(response.ids), turn, text, failed))
-        response.text += f"\n<tool_response>{text}</tool_response>\n"
+        response.text += f"\n(tool: {text})\n"
         return True
 
 
@@ -1090,7 +1096,7 @@ def reward_answers(samples: list[Sample], group: int, extra=None, weight: float 
     extra: fn(text) -> whether the response earns a second reward, which then has this weight and the answer 1 - weight.
     """
     for sample in samples:
-        sample.correct = sample.response.finished and is_correct(extract_answer(sample.response.text), str(sample.row["answer"]))
+        sample.correct = sample.response.finished and is_correct(extract_answer(sample.response.text), sample.row["answer"])
         sample.reward = (1 - weight) * sample.correct + (weight * extra(sample.response.text) if extra else 0.0)
     for sample, advantage in zip(samples, group_advantages(torch.tensor([s.reward for s in samples]), group).tolist()):
         sample.advantage = advantage
@@ -1336,11 +1342,16 @@ def closing_brace(text: str, start: int) -> int:
     return -1
 
 
-def is_correct(prediction: str | None, answer: str) -> bool:
-    """Whether an extracted answer equals the reference: as text, then as option letter, as number, and last with math-verify."""
+def is_correct(prediction: str | None, answer) -> bool:
+    """Whether an extracted answer equals the reference: as text, then as option letter, as number, and last with math-verify.
+
+    answer: a string or number, or a list of them, of which each is right.
+    """
     if prediction is None:
         return False
-    ours, gold = plain(prediction), plain(extract_answer(answer) or answer)
+    if isinstance(answer, list):
+        return any(is_correct(prediction, one) for one in answer)
+    ours, gold = plain(prediction), plain(extract_answer(str(answer)) or str(answer))
     if ours.casefold() == gold.casefold():
         return True
     if as_option(gold):
@@ -1384,14 +1395,15 @@ def evaluate(engine, rows, context, samples: int = 0) -> dict[str, float]:
     """
     mine = [rows[i] for i in range(rank(), len(rows), world_size())]
     prompts = [engine.processor.encode(context(row)) for row in mine]
-    greedy = [is_correct(extract_answer(r.text), str(row["answer"])) for r, row in zip(engine.generate(prompts, 0.0), mine)]
+    greedy = [not r.refused and is_correct(extract_answer(r.text), row["answer"]) for r, row in zip(engine.generate(prompts, 0.0), mine)]
     sums = [len(mine), sum(greedy), 0.0, 0, 0]
     if samples:
         seeds = [seed_of(row["index"], i) for row in mine for i in range(samples)]
-        answers = [extract_answer(r.text) for r in engine.generate([p for p in prompts for _ in range(samples)], 1.0, seeds=seeds)]
+        responses = engine.generate([p for p in prompts for _ in range(samples)], 1.0, seeds=seeds)
+        answers = [None if r.refused else extract_answer(r.text) for r in responses]
         for i, row in enumerate(mine):
             given = answers[i * samples : (i + 1) * samples]
-            right = [is_correct(a, str(row["answer"])) for a in given]
+            right = [is_correct(a, row["answer"]) for a in given]
             sums[2] += sum(right) / samples
             sums[3] += any(right)
             sums[4] += right[given.index(Counter(given).most_common(1)[0][0])]
@@ -1550,11 +1562,13 @@ class Run:
             with open(self.path / file, "a") as f:
                 f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def samples(self, step: int, samples: list[Sample]) -> None:
+    def samples(self, step: int, samples: list[Sample], rewarded: bool) -> None:
         """Responses as text and tokens, a line each, to samples.jsonl."""
         for s in samples:
-            self.write("samples.jsonl", {"step": step, "row": s.row["index"], "problem": s.row["problem"], "response": s.response.text,
-                                         "answer": s.row.get("answer"), "reward": s.reward, "ids": s.response.ids})
+            record = {"step": step, "row": s.row["index"], "problem": s.row["problem"], "response": s.response.text, "answer": s.row.get("answer")}
+            record |= {"reward": s.reward} if rewarded else {}
+            record |= {"tools": [{"at": o.at, "text": o.text, "failed": o.failed} for o in s.response.observations]} if s.response.observations else {}
+            self.write("samples.jsonl", record | {"ids": s.response.ids})
 
     def metrics(self, step: int, values: dict) -> None:
         """One line of metrics.jsonl. Lists (one value a bin) stay lists there; a tracker gets them one by one."""
@@ -1651,8 +1665,10 @@ class Progress:
     def samples(self, samples: list[Sample], args: Args, rewarded: bool) -> None:
         """Log the share of finished responses (and the mean reward), and write some responses out."""
         values = {"finished": [s.response.finished for s in samples]} | ({"reward": [s.reward for s in samples]} if rewarded else {})
-        self.log(mean_over_ranks(values))
-        self.run.samples(self.step, samples[: args.log_samples])
+        self.log(means := mean_over_ranks(values))
+        self.run.samples(self.step, samples[: args.log_samples], rewarded)
+        if means["finished"] == 0:
+            self.note(f"no response ended by itself within --max-response {args.max_response} (see samples.jsonl)")
 
     def note(self, text: str) -> None:
         """A line above the bar, for what the user should know of this step."""

@@ -27,17 +27,21 @@ With --calls the student may look closer: y then has several turns, and what a t
              grpo      rewards for right answers, no teacher
 
 Where this differs from the paper, or fills in what its surviving copies lack:
- 1. The masks' H and R are those of the policy that sampled (which in the first update is the current one); R^ is the current policy's.
+ 1. The masks' H and R are those of the policy that sampled (which in the first update is the current one), so that they cost one pass for all
+    updates of a rollout batch; R^ is the current policy's.
     The threshold tau is taken over the response tokens of one update, on all ranks; tokens equal to it are kept.
  2. Lost in the copies of the paper, and ours: learning rates, responses a question (8), lambda 0.3, beta 0.2, the switch after half of the
-    steps, clip 0.2. The group is for more samples alone: nothing compares its responses, but for grpo.
+    steps, clip 0.2, a frozen vision tower, the longest prompt. The group is for more samples alone: nothing compares its responses, but for
+    grpo. Evaluation is greedy, and --eval-samples at temperature 1, with training's limits (paper: temperature 0.6, top-p 0.95, longer).
  3. The teacher of the visual presets is the 32B instruct model (the paper's was trained by NoisyRollout, and is not published).
  4. Top-5 GKD: the paper does not say whose five tokens, nor what becomes of the others; ours is the union of both, and a tail.
- 5. The wording of the prompts is ours. The tools have Pixel-Reasoner's names and arguments (arXiv:2505.15966), and answer in its words; a crop
-    is the box that was asked for, without its margin of a tenth of the image, and a box outside of the image is answered with an error.
+ 5. The wording of the prompts and of error messages is ours, and boxes are asked for in fractions (pixels are taken as well). Names and
+    arguments of the tools, and what precedes an image, are Pixel-Reasoner's (arXiv:2505.15966); a crop is the box that was asked for, without
+    its margin of a tenth of the image; a box outside of the image is an error; frames are numbered on from the last image.
  6. A response in its last allowed turn may still call, and then ends there. Evaluation allows as many calls as training (the paper: 2 and 5).
- 7. The paper's agentic student was first fine-tuned to call tools, and is published under no name that we know: the preset takes the plain
-    3B model, --student names a better one. Its data come as two archives: unpack both beside release.parquet, and name that with --data.
+ 7. The agentic student is the one that VerlTool's training script names (spelled so), and so are its 10 updates of warm-up. Its data come as
+    two archives: unpack both beside release.parquet, and name that with --data. Rows longer than --max-prompt are left out.
+ 8. The math data nest their answers: --method grpo and evaluation need them in a column of their own.
 """
 
 import math
@@ -56,7 +60,7 @@ VISUAL = dict(teacher="Qwen/Qwen2.5-VL-32B-Instruct", data="xyliu6/geometry3k", 
               freeze_vision=True, save_every=20, **HUB)
 MATH = dict(data="Elliott/Openr1-Math-46k-8192", column_problem="prompt", updates=4, max_prompt=2048, max_response=8192, max_steps=300, save_every=50, **HUB)
 AGENTIC = dict(teacher="TIGER-Lab/PixelReasoner-RL-v1", data="TIGER-Lab/PixelReasoner-RL-Data", column_problem="question", column_images="image",
-               calls=2, updates=2, max_prompt=8192, max_response=8192, max_steps=40, freeze_vision=True, save_every=20, **HUB)
+               calls=2, updates=2, max_prompt=8192, max_response=8192, max_steps=40, warmup=10, skip_bad_rows=True, freeze_vision=True, save_every=20, **HUB)
 PRESETS = {
     "toy": dict(student="toy/student", teacher="toy/teacher", data="toy/train", eval_data="toy/test", prompts=64, updates=2, max_steps=150, lr=1e-3,
                 warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400),
@@ -70,7 +74,7 @@ PRESETS = {
     "visual-7b": dict(student="Qwen/Qwen2.5-VL-7B-Instruct", **VISUAL),
     "math-1.5b": dict(student="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", teacher="Skywork/Skywork-OR1-Math-7B", **MATH),
     "math-7b": dict(student="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", teacher="Skywork/Skywork-OR1-32B-Preview", **MATH),
-    "agentic-3b": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", **AGENTIC),
+    "agentic-3b": dict(student="VerlTool/pixel-reaoner-qwen2-5vl-3b-sft", **AGENTIC),
 }
 
 
@@ -164,9 +168,10 @@ def rollout(rows: list[dict], models: common.Models, writer, args: Args) -> list
 
 
 def tool_use(samples: list[common.Sample]) -> dict[str, float]:
-    """Answered calls a response, and the share of the calls that was answered with an error."""
-    seen = [sample.response.observations for sample in samples]
-    return common.mean_over_ranks({"tool_calls": [len(of_one) for of_one in seen], "tool_errors": [o.failed for of_one in seen for o in of_one]})
+    """Answered calls a response, those of them that were answered with an error, and the share of responses that ended in a refused call."""
+    seen = [sample.response for sample in samples]
+    return common.mean_over_ranks({"tool_calls": [len(r.observations) for r in seen], "tool_errors": [sum(o.failed for o in r.observations) for r in seen],
+                                   "tool_refused": [r.refused for r in seen]})
 
 
 # ====================================================================================================== score
@@ -313,6 +318,8 @@ def main() -> None:
         common.check_same_inputs(processor, reader)
     if args.calls and processor.image_id is None:
         raise common.UserError(f"--calls offers image tools, and {args.student!r} is a text-only model")
+    if args.calls:
+        processor.next_turn(common.user_message("?", 0), [])  # stops here where the chat template cannot do it
     context, seen = with_tools if args.calls else question, dict(images=processor.image_id is not None)
     held_out = common.load_rows(args, processor, {"question": context}, held_out=True, **seen)
     train = common.load_rows(args, processor, {"question": context}, answers=args.method == "grpo", **seen)
@@ -347,7 +354,7 @@ def main() -> None:
                 progress.log(update(micros, models, args))
             progress.phase("update")
             if progress.means()["kept"] == 0:
-                progress.note("no token was kept: nothing is learned in this step")
+                progress.note("no token was kept: the gradient is zero")
             models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, context, args)

@@ -204,6 +204,18 @@ def test_is_correct(prediction, answer, right):
 
 
 # ---------------------------------------------------------------------------------------------------- data order, schedule
+def test_any_of_several_answers_is_right():
+    assert common.is_correct("US", ["USA", "US"]) and common.is_correct("1200", ["1,200"]) and not common.is_correct("UK", ["USA", "US"])
+    assert not common.is_correct("x", []) and not common.is_correct(None, ["x"])
+
+
+def test_where_a_gpu_is_the_default_is_the_papers_first_setting(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for file, preset in (("vgs", "2b"), ("vold", "3b"), ("ptdpo", "2b"), ("vigos", "3b"), ("reopold", "visual-3b")):
+        method = __import__(file)
+        assert common.parse_args(method.Args, method.PRESETS, [])[0].preset == preset
+
+
 def test_data_order_repeats_nothing_within_an_epoch_and_depends_on_the_seed():
     order = common.data_order(10, 4, seed=0)
     drawn = [i for _ in range(5) for i in next(order)]

@@ -45,7 +45,7 @@ BAD_CALLS = [
     *(json.dumps({"name": "crop_image", "arguments": arguments}) for arguments in (
         {}, {"bbox_2d": None}, {"bbox_2d": [0, 0, 1]}, {"bbox_2d": "0,0,1,1"}, {"bbox_2d": [0, 0, "1", 1]}, {"bbox_2d": [True, False, True, True]},
         {"bbox_2d": [0.5, 0.1, 0.2, 0.9]}, {"bbox_2d": [0.1, 0.1, 0.1, 0.9]}, {"bbox_2d": [0, 0, 81, 40]}, {"bbox_2d": [-0.1, 0, 1, 1]},
-        {"bbox_2d": [0, 0, 10**400, 1]}, {"bbox_2d": [0, 0, float("nan"), 1]}, {"bbox_2d": [0, 0, float("inf"), 1]}, {"bbox_2d": [0, 0, 0, 0]},
+        {"bbox_2d": [0.1, 0.1, 0.3, 1.01]}, {"bbox_2d": [0, 0, 10**400, 1]}, {"bbox_2d": [0, 0, float("nan"), 1]}, {"bbox_2d": [0, 0, float("inf"), 1]}, {"bbox_2d": [0, 0, 0, 0]},
         *({"bbox_2d": [0, 0, 1, 1], "target_image": n} for n in (0, 2, -1, 1.5, "1", "/etc/passwd", None, True, [1], 10**400)))),
     *(json.dumps({"name": "select_frames", "arguments": {"target_frames": frames}}) for frames in ([], [0], [2], 1, None, ["a"], [1] * 9, [[1]])),
 ]  # fmt: skip
@@ -128,7 +128,7 @@ def test_turns(processor, tiny_rows):
         own = [processor.tokenizer(text)["input_ids"] + [processor.tokenizer.eos_token_id] for text in script]
         assert r.ids == sum(own, []) and len(r.log_probs) == len(r.ids)
         assert [o.at for o in r.observations] == [sum(map(len, own[: i + 1])) for i in range(len(own) - 1)]
-    assert "<tool_response>Error: the box lies outside" in responses[2].text
+    assert "(tool: Error: the box lies outside" in responses[2].text
     (second,) = engine.asked[2][0]
     assert second.ids == common.transcript(prompts[1], responses[1].ids[: responses[1].observations[1].at], responses[1].observations)[0].ids
 
@@ -136,7 +136,7 @@ def test_turns(processor, tiny_rows):
 def test_an_endless_loop_of_calls_ends(processor, tiny_rows):
     zoom = call(bbox_2d=[0, 0, 1, 1], target_image=1)
     (response,), engine, _ = converse(processor, [tiny_rows[0]], [[zoom] * 9], calls=3)
-    assert len(engine.asked) == 4 and len(response.observations) == 3 and not response.finished
+    assert len(engine.asked) == 4 and len(response.observations) == 3 and not response.finished and response.refused
 
 
 def test_all_tokens_behind_the_prompt_count(processor, tiny_rows):
@@ -148,7 +148,7 @@ def test_all_tokens_behind_the_prompt_count(processor, tiny_rows):
     (tight,), engine, _ = converse(processor, [tiny_rows[0]], [[zoom, "\\boxed{1}"]], max_response=used[1] + 1)
     assert engine.asked[1][1] == [1] and not tight.finished
     (none,), engine, _ = converse(processor, [tiny_rows[0]], [[zoom, "\\boxed{1}"]], max_response=used[1])
-    assert len(engine.asked) == 1 and not none.observations and not none.finished
+    assert len(engine.asked) == 1 and not none.observations and not none.finished and none.refused
     (cut,), engine, _ = converse(processor, [tiny_rows[0]], [[zoom, "\\boxed{1}"]], max_response=10)
     assert len(engine.asked) == 1 and len(cut.ids) == 10 and not cut.finished
 
@@ -207,7 +207,7 @@ def test_real_runs_with_tools(tiny, tmp_path):
     result = run_script("reopold.py", *flags(tiny, tmp_path / "run", calls=2, updates=1), torchrun=2)
     assert result.returncode == 0, result.stderr
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["tool_calls"] == 0 == last["tool_errors"] and last["grad_norm"] > 0
+    assert last["tool_calls"] == last["tool_errors"] == last["tool_refused"] == 0 < last["grad_norm"]
 
 
 def test_tools_want_a_student_that_sees(tiny, tmp_path):
