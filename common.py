@@ -98,7 +98,10 @@ class Args:
     eval_every: int = 50  # rollout batches between evaluations; 0 = only at the start and the end
     eval_rows: int = 300  # held-out questions an evaluation asks, a fixed random choice; 0 = all of them
     eval_samples: int = 0  # k of Acc@k, pass@k and maj@k at temperature 1, at every evaluation; 0 = greedy Acc@1 only
-    save_every: int = 0  # steps between checkpoints of the weights in checkpoints/; 0 = only final/
+    save_every: int = 0  # steps between checkpoints: the weights, and what --resume needs; 0 = only final/
+    keep: int = 2  # newest checkpoints that keep what --resume needs; older ones keep their weights alone
+    resume: str = ""  # go on from the newest checkpoint of this run folder; auto = of --output, or begin there if it has none
+    resume_anyway: bool = False  # resume even though settings differ from those of the run so far
     log_samples: int = 8  # responses of the first rank that a step writes to samples.jsonl
     output: str = ""  # run folder; default: runs/<file>-<preset>-<time>
     tracker: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
@@ -107,7 +110,9 @@ class Args:
 
 CLIPS = dict.fromkeys(("clip_low", "clip_high"), "with --updates 1 the policy is the one that sampled, and no ratio is clipped")
 TRAINING = ("data", "data_split", "max_steps", "epochs", "lora", "lora_targets", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts",
-            "updates", "eval_every", "eval_samples", "save_every", "log_samples", "tracker")  # what a run that does not train ignores
+            "updates", "eval_every", "eval_samples", "save_every", "keep", "resume", "resume_anyway", "log_samples", "tracker")  # what a run that does not train ignores
+HARMLESS = ("output", "resume", "resume_anyway", "tracker", "log_samples", "save_every", "keep", "eval_data", "eval_split", "eval_every", "eval_rows", "eval_samples",
+            "rollout_batch", "micro_batch", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
 
 
 def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
@@ -142,6 +147,10 @@ def refuse_ignored(args: Args, given: set[str], ignored: dict[str, str]) -> None
     """Stop if a flag was given that this run would ignore. `ignored`: field name -> why this method ignores it."""
     if not args.lora:
         ignored = ignored | {"lora_targets": "--lora is 0"}
+    if not args.save_every:
+        ignored = ignored | {"keep": "--save-every is 0"}
+    if not args.resume:
+        ignored = ignored | {"resume_anyway": "there is no --resume"}
     if args.max_steps:
         ignored = ignored | {"epochs": "--max-steps decides"}
     if not args.eval_data:
@@ -184,6 +193,12 @@ def launch(main) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -1530,31 +1545,66 @@ class Run:
     """The folder of a run: args.json, metrics.jsonl (one line a step), samples.jsonl, checkpoints/, and at the end final/."""
 
     def __init__(self, method: str, args: Args):
-        """Choose the folder, and stop if it holds a run. Nothing is written before begin()."""
-        self.method, self.args, self.tracker = method, args, None
+        """Choose the folder, and stop if it holds a run that is not to be resumed. Nothing is written before begin()."""
+        self.method, self.args, self.tracker, self.state = method, args, None, None
         name = args.output or str(Path("runs", f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))
         self.path = Path(all_gather_object(name)[0])
-        if all_gather_object((self.path / "args.json").exists())[0]:
-            raise UserError(f"{self.path} already holds a run; choose another folder with --output, or remove this one")
+        if args.resume:
+            self.find_state()
+        elif all_gather_object((self.path / "args.json").exists())[0]:
+            raise UserError(f"{self.path} already holds a run; go on with it by --resume auto, choose another folder with --output, or remove this one")
         package = {"none": None, "tensorboard": "tensorboard", "wandb": "wandb"}[args.tracker]
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f"--tracker {args.tracker} needs a package: pip install {package}")
 
+    def find_state(self) -> None:
+        """What --resume goes on from: self.state, the newest whole one, or None where `auto` finds none."""
+        auto = self.args.resume == "auto"
+        if auto and not self.args.output:
+            raise UserError("--resume auto looks for a run in the folder that --output names: name it")
+        if not auto and self.args.output not in ("", self.args.resume):
+            raise UserError(f"--output {self.args.output} would have no effect: --resume goes on in {self.args.resume}")
+        self.path = self.path if auto else Path(self.args.resume)
+        if (self.path / "final").exists():
+            say(f"{self.path / 'final'} is there: this run is finished")
+            raise SystemExit(0)
+        states = sorted(self.path.glob("checkpoints/step-*/state"), key=step_of)
+        torn = [state for state in states if not all((state / name).exists() for name in (".metadata", "progress.json"))]
+        for state in torn:
+            say(f"{state} is not whole, and is passed over")
+        whole_ones = [state for state in states if state not in torn]
+        if not whole_ones and not auto:
+            raise UserError(f"{self.path} holds no checkpoint to resume from (checkpoints/step-N/state); they are written with --save-every")
+        if not whole_ones:
+            return
+        before, now = json.loads((self.path / "args.json").read_text()), self.settings()
+        if before["file"] != now["file"]:
+            raise UserError(f"{self.path} is a run of {before['file']}, and this is {now['file']}")
+        changed = [f"--{name.replace('_', '-')} {before.get(name)} -> {value}" for name, value in now.items() if name not in HARMLESS and before.get(name) != value]
+        if changed and not self.args.resume_anyway:
+            raise UserError(f"{self.path} was begun with other settings ({', '.join(changed)}). Give the same ones, or say --resume-anyway")
+        self.state = whole_ones[-1]
+
+    def settings(self) -> dict:
+        """What args.json holds."""
+        return {"file": f"{self.method}.py", **dataclasses.asdict(self.args)}
+
     def begin(self, plan: str) -> None:
         """Create the folder, once nothing can be refused any more, and say what the run is going to do."""
-        say(f"{self.method}, preset {self.args.preset}: {plan}\nwriting to {self.path}")
+        say(f"{self.method}, preset {self.args.preset}: {plan}\n{f'going on after step {step_of(self.state)}, ' if self.state else ''}writing to {self.path}")
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            settings = {"file": f"{self.method}.py", **dataclasses.asdict(self.args)}
-            (self.path / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+            for file in ("metrics.jsonl", "samples.jsonl"):
+                cut_behind(self.path / file, step_of(self.state) if self.state else -1)
+            (self.path / "args.json").write_text(json.dumps(self.settings(), indent=2) + "\n")
             if self.args.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tracker = SummaryWriter(str(self.path))
+                self.tracker = SummaryWriter(str(self.path), purge_step=step_of(self.state) + 1 if self.state else None)
             elif self.args.tracker == "wandb":
                 import wandb
 
-                self.tracker = wandb.init(project="cleanopd", name=str(self.path), dir=str(self.path), config=settings)
+                self.tracker = wandb.init(project="cleanopd", name=str(self.path), dir=str(self.path), config=self.settings())
 
     def write(self, file: str, record: dict) -> None:
         """Append one JSON line, at once on disk: a run that is interrupted leaves whole lines."""
@@ -1587,20 +1637,76 @@ class Run:
         if self.tracker is not None:
             self.tracker.close() if hasattr(self.tracker, "add_scalar") else self.tracker.finish()
 
-    def save(self, folder: str, model: Model, processor: Processor) -> None:
-        """Write the whole model as an ordinary checkpoint, in the precision the model came with, aside first and then in place."""
+    def save(self, folder: str, models: "Models", progress: dict | None = None) -> None:
+        """Write the whole model as an ordinary checkpoint, in the precision it came with, and with `progress` what --resume needs beside it.
+
+        Aside first and then in place: what has a checkpoint's name is whole.
+        """
+        model, processor, aside = models.student, models.processor, self.path / f"{folder}.partial"
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
         stored = processor.config.dtype or processor.config.get_text_config().dtype or torch.float32
         weights = {}
         for name, value in model.weights():
             if rank() == 0:
                 weights[name] = value.to(stored).cpu()
         if rank() == 0:
-            aside = self.path / f"{folder}.partial"
             save_checkpoint(model.lm, processor, aside, weights)
+        wait()
+        if progress is not None:
+            import torch.distributed.checkpoint as dcp
+
+            dcp.save(training_state(models), checkpoint_id=aside / "state")
+        if rank() == 0:
+            if progress is not None:
+                (aside / "state" / "progress.json").write_text(json.dumps(progress | {"schedule": models.schedule.state_dict()}) + "\n")
+            shutil.rmtree(self.path / folder, ignore_errors=True)  # one that was not whole
             aside.rename(self.path / folder)
             say(f"saved {self.path / folder}")
-        if world_size() > 1:
-            dist.barrier()
+            for old in sorted(self.path.glob("checkpoints/step-*/state"), key=step_of)[: -self.args.keep or None] if progress is not None else ():
+                shutil.rmtree(old)
+        wait()
+
+    def restore(self, models: "Models") -> dict:
+        """Weights, optimizer and schedule as they were; returns the `progress` that was saved with them. On any number of ranks."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        state = training_state(models)
+        dcp.load(state, checkpoint_id=self.state)
+        set_state_dict(models.student, models.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=state_options())
+        progress = json.loads((self.state / "progress.json").read_text())
+        models.schedule.load_state_dict(progress["schedule"])
+        models.engine.sync(models.student.weights())
+        return progress
+
+
+def step_of(state: Path) -> int:
+    """.../checkpoints/step-20/state -> 20"""
+    return int(state.parent.name.removeprefix("step-"))
+
+
+def state_options():
+    """Frozen weights are not written: they are those of --student."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def training_state(models: "Models") -> dict:
+    """Trained weights and optimizer, sharded as they are; any number of ranks can read what is written of it."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    return dict(zip(("model", "optimizer"), get_state_dict(models.student, models.optimizer, options=state_options())))
+
+
+def cut_behind(file: Path, step: int) -> None:
+    """Leave the lines of a .jsonl up to this step; the last one may be the half line of a run that was killed."""
+    if file.exists():
+        lines = [line for line in file.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
+        aside = file.with_suffix(".partial")
+        aside.write_text("".join(line + "\n" for line in lines))
+        aside.replace(file)
 
 
 def save_checkpoint(lm, processor: Processor, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -1622,35 +1728,40 @@ def save_checkpoint(lm, processor: Processor, folder: Path, weights: dict[str, T
 class Progress:
     """The steps of a run, with a bar: collects what is logged during a step and writes it when the step ends.
 
-    with Progress(run, steps) as progress:
-        for step in progress:                # 1, 2, ..., steps
+    with Progress(run, steps, models, questions) as progress:
+        for step in progress:                # 1, 2, ..., steps; in a resumed run from where it was
             ...; progress.phase("rollout")   # the seconds since the last phase ended
             progress.log({"std": 0.1})       # several values of a key are averaged
+
+    When a step is done its line of metrics is written, and then a checkpoint every --save-every steps, and final/ at the end.
     """
 
-    def __init__(self, run: Run, steps: int):
+    def __init__(self, run: Run, steps: int, models: "Models", questions: "Questions"):
+        """A run that is resumed is restored here. own: numbers that a method carries from step to step, kept in checkpoints."""
         from tqdm import tqdm
 
-        self.run, self.steps, self.step, self.values, self.shown = run, steps, 0, {}, {}
-        self.bar = tqdm(total=steps, unit="step", disable=rank() != 0, dynamic_ncols=True)
+        self.run, self.steps, self.models, self.questions, self.values, self.shown = run, steps, models, questions, {}, {}
+        saved = run.restore(models) if run.state else {"step": 0, "drawn": 0, "own": {}}
+        self.step = self.first = saved["step"]
+        self.own = saved["own"]
+        questions.skip(saved["drawn"])
+        self.bar = tqdm(total=steps, initial=self.first, unit="step", disable=rank() != 0, dynamic_ncols=True)
         self.started = self.mark = time.perf_counter()
 
     def __enter__(self):
         return self
 
     def __iter__(self):
-        for self.step in range(1, self.steps + 1):
+        for self.step in range(self.first + 1, self.steps + 1):
             self.values, self.mark = {}, time.perf_counter()
             yield self.step
             self.run.metrics(self.step, self.means())
+            every = self.run.args.save_every
+            if self.step == self.steps:
+                self.run.save("final", self.models)
+            elif every and self.step % every == 0:
+                self.run.save(f"checkpoints/step-{self.step}", self.models, {"step": self.step, "drawn": self.questions.drawn, "own": self.own})
             self.bar.update()
-
-    def save(self, models: Models, args: Args) -> None:
-        """final/ at the end, and before it a checkpoint every --save-every steps."""
-        if self.step == self.steps:
-            self.run.save("final", models.student, models.processor)
-        elif args.save_every and self.step % args.save_every == 0:
-            self.run.save(f"checkpoints/step-{self.step}", models.student, models.processor)
 
     def means(self) -> dict:
         return {key: [sum(column) / len(values) for column in zip(*values)] if isinstance(values[0], list) else sum(values) / len(values)
@@ -1690,6 +1801,8 @@ class Progress:
         last = self.step == self.steps
         if rows is None or not (self.step == 0 or last or (args.eval_every and self.step % args.eval_every == 0)):
             return
+        if not self.values and self.step:  # before the first step of a resumed run
+            return
         result = evaluate(engine, rows, context, args.eval_samples)
         result |= {name: evaluate(engine, more, context)["acc@1"] for name, more in (others or {}).items()}
         self.phase("evaluate")
@@ -1720,13 +1833,20 @@ def data_order(rows: int, prompts: int, seed: int):
 
 
 class Questions:
-    """The training rows in the order of data_order, and how many batches of them were drawn."""
+    """Training rows in the order of data_order, and how many batches of them were drawn."""
 
-    def __init__(self, rows: Rows, args: Args):
-        self.rows, self.order, self.drawn = rows, data_order(len(rows), args.prompts, args.seed), 0
+    def __init__(self, rows, prompts: int, seed: int, updates: int = 1):
+        """rows: Rows or a list of rows; prompts: of a batch, over all ranks and all its updates."""
+        self.rows, self.order, self.updates, self.drawn = rows, data_order(len(rows), prompts, seed), updates, 0
+
+    def skip(self, batches: int) -> None:
+        """Draw so many without looking at them."""
+        for _ in range(batches):
+            next(self.order)
+        self.drawn += batches
 
     def draw(self) -> list[dict]:
-        """This rank's part of the next batch; row["draw"] is a row's number among all that the run draws."""
+        """This rank's part of the next batch, update by update; row["draw"] is a row's number among all that the run draws."""
         numbers = next(self.order)
-        first, self.drawn = self.drawn * len(numbers), self.drawn + 1
-        return [self.rows[i] | {"draw": n} for n, i in my_share(list(enumerate(numbers, first)))]
+        numbered, self.drawn = list(enumerate(numbers, self.drawn * len(numbers))), self.drawn + 1
+        return [self.rows[i] | {"draw": n} for part in split(numbered, self.updates) for n, i in my_share(part)]

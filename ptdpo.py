@@ -611,8 +611,8 @@ def main() -> None:
     run.begin(f"{args.optimizer} (clip {args.clip_low}/{args.clip_high}, kl {args.kl}, mean over {args.average}s), lambda {args.lambda_ptd}{f', hints for {hints} of {len(train)} rows' * ('hint' in extra)}, {steps} steps of "
               f"{args.prompts} questions x {args.group} responses in {args.updates} updates, "
               f"{args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
-    questions = common.Questions(train, args)
-    with common.Progress(run, steps) as progress:
+    questions = common.Questions(train, args.prompts, args.seed, args.updates)
+    with common.Progress(run, steps, models, questions) as progress:
         progress.evaluate(models.engine, held_out, question, args)
         for step in progress:
             samples, groups = rollout(questions.draw, models, args)
@@ -630,7 +630,6 @@ def main() -> None:
             models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, question, args)
-            progress.save(models, args)
 
 
 if __name__ == "__main__":

@@ -335,8 +335,8 @@ def main() -> None:
               f"{args.updates} updates, {args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
     if explores(args, (steps - 1) / steps):
         common.say(f"warning: --switch {args.switch} lies behind the last step: the run only explores")
-    questions = common.Questions(train, args)
-    with common.Progress(run, steps) as progress:
+    questions = common.Questions(train, args.prompts, args.seed, args.updates)
+    with common.Progress(run, steps, models, questions) as progress:
         progress.evaluate(models.engine, held_out, context, args)
         for step in progress:
             samples = rollout(questions.draw(), models, writer, args)
@@ -358,7 +358,6 @@ def main() -> None:
             models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, context, args)
-            progress.save(models, args)
 
 
 if __name__ == "__main__":

@@ -365,8 +365,8 @@ def main() -> None:
 
     run.begin(f"{args.method}, {steps} steps of {args.prompts} questions x {args.group} responses in {args.updates} updates, "
               f"{args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
-    eta, updates, questions = args.eta if uses_eta(args) else 1.0, 0, common.Questions(train, args)
-    with common.Progress(run, steps) as progress:
+    questions = common.Questions(train, args.prompts, args.seed, args.updates)
+    with common.Progress(run, steps, models, questions) as progress:
         progress.evaluate(models.engine, held_out, with_image, args)
         for step in progress:
             samples = rollout(questions.draw(), models, args)
@@ -374,19 +374,17 @@ def main() -> None:
             progress.phase("rollout")
             parts = [score(part, models, args) for part in common.split(samples, args.updates)]
             progress.phase("score")
-            for micros in parts:
+            for updates, micros in enumerate(parts, (step - 1) * args.updates):
                 if uses_eta(args) and args.measure_eta and updates % args.measure_eta == 0:
                     measured = measure_eta(micros, models, args)
-                    eta = measured["eta"]
+                    progress.own["eta"] = measured["eta"]
                     progress.log(measured)
-                weigh(micros, args, eta)
+                weigh(micros, args, progress.own.get("eta", args.eta) if uses_eta(args) else 1.0)
                 progress.log(update(micros, models, args))
-                updates += 1
             progress.phase("update")
             models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, with_image, args)
-            progress.save(models, args)
 
 
 if __name__ == "__main__":

@@ -544,8 +544,8 @@ def main() -> None:
 
     run.begin(f"{args.method}, {steps} steps of {args.prompts} questions x {args.group} responses, on {common.world_size()} ranks; "
               f"{count_given_away(train)} of {len(train)} questions hold their own answer as a word")
-    questions = common.Questions(train, args)
-    with common.Progress(run, steps) as progress:
+    questions = common.Questions(train, args.prompts, args.seed)
+    with common.Progress(run, steps, models, questions) as progress:
         progress.evaluate(models.engine, held_out, question, args, conflicts)
         for _ in progress:
             samples = rollout(questions.draw(), models, args)
@@ -563,7 +563,6 @@ def main() -> None:
             models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, question, args, conflicts)
-            progress.save(models, args)
 
 
 if __name__ == "__main__":

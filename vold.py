@@ -400,16 +400,16 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, r
     models = common.load_models(args, processor, None, args.sft_steps)
     run.begin(f"stage 1, {args.sft_steps} steps of {args.sft_batch} traces, {args.sft_steps * args.sft_batch / len(traces):.1f} passes over "
               f"{len(traces)}, on {common.world_size()} ranks")
-    order = common.data_order(len(traces), args.sft_batch, args.seed)
+    questions = common.Questions(traces, args.sft_batch, args.seed)
     end = processor.tokenizer.eos_token_id
-    with common.Progress(run, args.sft_steps) as progress:
+    with common.Progress(run, args.sft_steps, models, questions) as progress:
         progress.evaluate(models.engine, held_out, lambda row: with_image(row, args), args)
         for _ in progress:
             samples = []
-            for i in common.my_share(next(order)):
-                ids = processor.tokenizer(traces[i]["response"], add_special_tokens=False)["input_ids"] + [end]
-                response = common.Response(ids, [0.0] * len(ids), True, traces[i]["response"])
-                samples.append(common.Sample(traces[i], {"question": processor.encode(question(traces[i], args))}, response))
+            for trace in questions.draw():
+                ids = processor.tokenizer(trace["response"], add_special_tokens=False)["input_ids"] + [end]
+                response = common.Response(ids, [0.0] * len(ids), True, trace["response"])
+                samples.append(common.Sample(trace, {"question": processor.encode(question(trace, args))}, response))
             micros = common.make_micros(common.Micro, samples, ["question"], processor, args.micro_batch, images=False)
             tokens = common.all_sum(torch.tensor(float(sum(len(m.ids) for m in micros)), device=common.device()))
             for m in micros:
@@ -424,7 +424,6 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, r
             models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, lambda row: with_image(row, args), args)
-            progress.save(models, args)
 
 
 # ====================================================================================================== stage 2
@@ -435,8 +434,8 @@ def rl(train: common.Rows, held_out, processor: common.Processor, reader: Reader
     models = common.load_models(args, processor, args.teacher if distils(args) else None, steps * args.updates)
     run.begin(f"stage 2, beta {args.beta}, mask {args.mask}, {steps} steps of {args.prompts} questions x {args.group} responses in {args.updates} "
               f"updates, {args.prompts * args.group // args.updates} responses an update, on {common.world_size()} ranks")
-    questions = common.Questions(train, args)
-    with common.Progress(run, steps) as progress:
+    questions = common.Questions(train, args.prompts, args.seed, args.updates)
+    with common.Progress(run, steps, models, questions) as progress:
         progress.evaluate(models.engine, held_out, lambda row: with_image(row, args), args)
         for step in progress:
             samples = rollout(questions.draw(), models, reader, args)
@@ -455,7 +454,6 @@ def rl(train: common.Rows, held_out, processor: common.Processor, reader: Reader
             models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, lambda row: with_image(row, args), args)
-            progress.save(models, args)
 
 
 # ====================================================================================================== main
@@ -517,7 +515,8 @@ def main() -> None:
     args, given = common.parse_args(Args, PRESETS)
     check_settings(args, given)
     common.start_distributed(args)
-    base = Path(common.all_gather_object(args.output or f"runs/vold-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}")[0])
+    going_on = args.resume not in ("", "auto")
+    base = Path(common.all_gather_object(args.resume if going_on else args.output or f"runs/vold-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}")[0])
     traces_at = Path(args.traces) if args.traces else base / "traces"
 
     if args.stage in ("all", "sft") and args.sft_batch % common.world_size():
@@ -533,10 +532,14 @@ def main() -> None:
         if changed:
             raise common.UserError(f"{base / 'sft'} was trained with other settings ({', '.join(changed)}): choose another --output, or go on from it "
                                    f"with --stage rl --student {base / 'sft' / 'final'}")
+    if args.resume == "auto" and not args.output or going_on and args.output not in ("", args.resume):
+        raise common.UserError("--resume takes a run folder, or auto and the folder in --output")
     try:
-        runs = {stage: common.Run("vold", dataclasses.replace(of_stage[stage], output=str(base / stage)))
+        runs = {stage: common.Run("vold", dataclasses.replace(of_stage[stage], output=str(base / stage), resume="auto" * bool(args.resume)))
                 for stage in ("sft", "rl") if args.stage in ("all", stage) and not (stage == "sft" and trained)}
     except common.UserError as e:
+        if "already holds a run" not in e.message:
+            raise
         raise common.UserError(f"{e.message}. Once it is removed, the traces in {base}, and stage 1 if it is done, are used again") from None
     if args.stage in ("all", "traces") and not trained:
         asked = load_text(args, common.Processor(args.teacher), traces=True)

@@ -1,9 +1,13 @@
 """Shared fixtures: tiny untrained models of the real classes, a tiny data set, and a way to run the real scripts."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two run at a time and share the cores; threads that wait for each other's would burn them
@@ -66,17 +70,46 @@ def flags(tiny: Path, output: Path | None = None, **changes) -> list[str]:
     return [part for key, value in values.items() if value is not None for part in (f"--{key.replace('_', '-')}", str(value))]
 
 
-def run_script(*argv, torchrun: int = 0, timeout: int = 300, cwd: Path = ROOT, env: dict | None = None) -> subprocess.CompletedProcess:
-    """Run a script of this folder as a user would, under torchrun with `torchrun` processes if that is not 0."""
+METHODS = ("vgs.py", "vold.py", "ptdpo.py", "vigos.py", "reopold.py")
+
+
+def run_script(script, *argv, torchrun: int = 0, timeout: int = 300, cwd: Path = ROOT, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Run a script of this folder as a user would, under torchrun with `torchrun` processes if that is not 0.
+
+    A method that needs neither torchrun nor an environment of its own runs in this process, which saves half a dozen seconds of start.
+    """
+    if script in METHODS and not torchrun and cwd == ROOT and env is None:
+        return run_here(script, *argv)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)] if torchrun else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""} | (env or {})
-    return subprocess.run([sys.executable, *launch, *map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([sys.executable, *launch, str(script), *map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def run_here(script: str, *argv) -> subprocess.CompletedProcess:
+    """A method's main() in this process, with what it printed and the code it would have exited with."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before, there = sys.argv, os.getcwd()
+    sys.argv = [script, *map(str, argv)]
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            importlib.import_module(script.removesuffix(".py")).main()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        err.write("" if isinstance(e.code, int) or e.code is None else f"{e.code}\n")
+    except Exception:
+        code = 1
+        err.write(traceback.format_exc())
+    finally:
+        sys.argv = before
+        os.chdir(there)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return subprocess.CompletedProcess([script, *argv], code, out.getvalue(), err.getvalue())
 
 
 def refusal(script: str, argv: list) -> str:
     """What a run with these flags says before it stops: asked of its settings first, which is quick, and else of the real script."""
-    import importlib
-
     method = importlib.import_module(script.removesuffix(".py"))
     try:
         method.check_settings(*common.parse_args(method.Args, method.PRESETS, list(map(str, argv))))

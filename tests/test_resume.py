@@ -1,0 +1,181 @@
+"""A run that is stopped and resumed is the run that was not: weights, tokens and losses, bit for bit; and what cannot be resumed from."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, distance, flags, run_script
+from safetensors.torch import load_file
+
+VOLD = dict(teacher="text-only", data="text.parquet", eval_data=None, eval_split=None, eval_rows=None, eval_every=None, sft_batch=4, sft_steps=4,
+            right_traces_only=False, trace_data="text.parquet", column_text="text_problem", trace_column="text_problem", group=2, max_response=40, temperature=3.0)
+METHODS = {
+    "vgs": ("vgs.py", dict(method="vgs", lambda_lp=None, updates=2, eta=None, measure_eta=3)),
+    "ptdpo": ("ptdpo.py", dict(teacher=None, optimizer="dapo", group=2, draws=2)),
+    "vold": ("vold.py", VOLD),
+    "vigos, LoRA": ("vigos.py", dict(teacher=None, column_reference="solution", conflict_data="", lora=4, lora_targets="q_proj,v_proj")),
+    "reopold": ("reopold.py", dict(updates=2, schedule="linear", warmup=2)),
+}
+
+
+def command(tiny, output, name, **changes) -> tuple[str, list[str]]:
+    script, settings = METHODS[name]
+    settings = {key: tiny / value if value in ("text-only", "text.parquet") else value for key, value in settings.items()}
+    argv = flags(tiny, output, **{"prompts": 4, "max_steps": 4, "save_every": 2, "lr": 1e-3} | settings | changes)
+    return script, [f"--no-{argv[i][2:]}" if argv[i + 1 : i + 2] == ["False"] else part for i, part in enumerate(argv) if part != "False"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text_rows(tiny):
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
+    rows.select_columns(["text_problem", "answer"]).to_parquet(tiny / "text.parquet")
+
+
+def done(result) -> str:
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refused(result) -> str:
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    return result.stderr
+
+
+def lines(folder, file):
+    """Without the seconds, which differ."""
+    records = [json.loads(line) for line in (folder / file).read_text().splitlines()]
+    return [{key: value for key, value in record.items() if not key.startswith("seconds")} for record in records]
+
+
+def same(one, other) -> None:
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        if (one / file).exists():
+            assert lines(one, file) == lines(other, file)
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def stopped(folder, copy, step=2):
+    """A copy of a finished run as it was after a checkpoint, with a half-written line and a half-written checkpoint behind it."""
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "final")
+    (copy / "checkpoints" / "step-3.partial").mkdir()
+    with open(copy / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "std"')
+    return copy
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_is_as_undisturbed(tiny, tmp_path, name):
+    whole = tmp_path / "whole"
+    script, argv = command(tiny, whole, name)
+    done(run_script(script, *argv))
+    stages = ("sft", "rl") if name == "vold" else ("",)
+    for stage in stages:
+        assert lines(whole / stage, "metrics.jsonl")[-1]["step"] == 4 and not (whole / stage / "checkpoints" / "step-2.partial").exists()
+    again = tmp_path / "again"
+    if name == "vold":  # stopped in stage 1: stage 2 is not there yet
+        shutil.copytree(whole, again)
+        shutil.rmtree(again / "rl")
+        stopped(whole / "sft", again / "stopped")
+        shutil.rmtree(again / "sft")
+        (again / "stopped").rename(again / "sft")
+    else:
+        stopped(whole, again)
+    script, argv = command(tiny, None, name, resume=again)
+    done(run_script(script, *argv))
+    for stage in stages:
+        same(again / stage, whole / stage)
+    assert "this run is finished" in done(run_script(script, *argv)) or name == "vold"
+
+
+def test_on_two_ranks_and_from_two_to_one(tiny, tmp_path):
+    script, argv = command(tiny, tmp_path / "whole", "vgs")
+    assert run_script(script, *argv, torchrun=2).returncode == 0
+    for ranks in (2, 1):
+        folder = stopped(tmp_path / "whole", tmp_path / str(ranks))
+        result = run_script(script, *command(tiny, folder, "vgs", resume="auto")[1], torchrun=ranks if ranks > 1 else 0)
+        assert result.returncode == 0, result.stderr
+        assert "going on after step 2" in result.stdout
+    same(tmp_path / "2", tmp_path / "whole")
+    two, one = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "1"))
+    assert distance(one, two) < 1e-6
+    tokens = {(s["step"], s["row"]): s["ids"] for s in lines(tmp_path / "1", "samples.jsonl")}
+    assert all(tokens[s["step"], s["row"]] == s["ids"] for s in lines(tmp_path / "whole", "samples.jsonl"))
+
+
+def test_killed_at_some_moment(tiny, tmp_path):
+    """SIGKILL, three times, wherever it hits; each time --resume auto is told the same command."""
+    script, argv = command(tiny, tmp_path / "whole", "vgs", max_steps=30, save_every=3)
+    done(run_script(script, *argv))
+    _, argv = command(tiny, tmp_path / "killed", "vgs", max_steps=30, save_every=3, resume="auto")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for step in (4, 11, 19):
+        process = subprocess.Popen([sys.executable, script, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "killed" / "final").exists()
+    done(run_script(script, *argv))
+    same(tmp_path / "killed", tmp_path / "whole")
+    kept = [(tmp_path / "killed" / "checkpoints" / f"step-{step}" / "state").exists() for step in range(3, 30, 3)]
+    assert kept == [False] * 7 + [True] * 2  # --keep 2; the weights of all are there
+    assert (tmp_path / "killed" / "checkpoints" / "step-3" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    script, argv = command(tiny, folder, "reopold")
+    done(run_script(script, *argv))
+    return folder
+
+
+def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, run):
+    folder = stopped(run, tmp_path / "run")
+    shutil.copytree(folder / "checkpoints" / "step-2", folder / "checkpoints" / "step-3")
+    (folder / "checkpoints" / "step-3" / "state" / ".metadata").unlink()
+    script, argv = command(tiny, folder, "reopold", resume="auto")
+    said = done(run_script(script, *argv))
+    assert "step-3/state is not whole, and is passed over" in said and "going on after step 2" in said
+    same(folder, run)
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    ("reopold", {"lr": 1e-4}, r"other settings \(--lr 0.001 -> 0.0001\)"),
+    ("reopold", {"seed": 1, "lam": 0.2}, "--seed 0 -> 1"),
+    ("vgs", {}, "is a run of reopold.py, and this is vgs.py"),
+])
+def test_another_run_is_refused(tiny, tmp_path, run, name, changes, message):
+    folder = stopped(run, tmp_path / "run")
+    script, argv = command(tiny, None, name, resume=folder, **changes)
+    assert re.search(message, refused(run_script(script, *argv)))
+
+
+def test_it_can_be_told_to_go_on_all_the_same(tiny, tmp_path, run):
+    folder = stopped(run, tmp_path / "run")
+    script, argv = command(tiny, None, "reopold", resume=folder, max_steps=3)
+    done(run_script(script, *argv, "--resume-anyway"))
+    assert [line["step"] for line in lines(folder, "metrics.jsonl")] == [0, 1, 2, 3] and (folder / "final").exists()
+
+
+def test_what_cannot_be_resumed(tiny, tmp_path):
+    for changes, message in ((dict(resume="auto"), "name it"), (dict(resume=tmp_path / "none"), "holds no checkpoint to resume from"),
+                             (dict(resume=tmp_path / "none", output=tmp_path / "other"), "--output .*other would have no effect")):
+        script, argv = command(tiny, changes.pop("output", None), "reopold", **changes)
+        assert re.search(message, refused(run_script(script, *argv)))
+
+
+def test_auto_begins_where_nothing_is(tiny, tmp_path):
+    script, argv = command(tiny, tmp_path / "run", "reopold", resume="auto", max_steps=1, save_every=0)
+    done(run_script(script, *argv))
+    assert [line["step"] for line in lines(tmp_path / "run", "metrics.jsonl")] == [0, 1]
