@@ -69,7 +69,9 @@ class Args:
     column_answer: str = "answer"  # name of the column with the checkable answer
     skip_bad_rows: bool = False  # leave out rows that fail the checks (they are counted), instead of stopping
 
-    engine: Literal["hf"] = "hf"  # who generates: hf = transformers' generate on a copy of the student
+    engine: Literal["auto", "hf", "vllm"] = "auto"  # who generates: hf = transformers on a copy of the student; auto = vllm where it and a GPU are there
+    tensor_parallel: int = 1  # ranks that share one vLLM engine, for a student that does not fit beside its training on one
+    vllm_memory: float = 0.4  # share of a GPU's memory that vLLM may hold, weights included
     prompts: int = 64  # questions a rollout batch, over all ranks
     group: int = 1  # responses a question (G)
     updates: int = 1  # optimizer updates a rollout batch; more than one makes the later ones slightly off-policy
@@ -112,7 +114,7 @@ CLIPS = dict.fromkeys(("clip_low", "clip_high"), "with --updates 1 the policy is
 TRAINING = ("data", "data_split", "max_steps", "epochs", "lora", "lora_targets", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts",
             "updates", "eval_every", "eval_samples", "save_every", "keep", "resume", "resume_anyway", "log_samples", "tracker")  # what a run that does not train ignores
 HARMLESS = ("output", "resume", "resume_anyway", "tracker", "log_samples", "save_every", "keep", "eval_data", "eval_split", "eval_every", "eval_rows", "eval_samples",
-            "rollout_batch", "micro_batch", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
+            "rollout_batch", "vllm_memory", "micro_batch", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
 
 
 def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
@@ -136,6 +138,9 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     for name, low, high in (("temperature", 1e-6, 100), ("top_p", 1e-6, 1), ("lr", 0, 10), ("grad_clip", 1e-12, math.inf)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must lie in [{low}, {high}]")
+    args.engine = choose_engine(args.engine)
+    if args.engine == "vllm" and args.temperature > 2:
+        raise UserError(f"--temperature is {args.temperature}; vLLM samples at 2 at most")
     if args.lora < 0:
         raise UserError(f"--lora is {args.lora}; it must not be negative")
     if args.prompts % args.updates:
@@ -143,10 +148,20 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     return args, given
 
 
+def choose_engine(engine: str) -> str:
+    """auto -> vllm where it and a CUDA device are there, else hf. Stops if vllm is asked for and not installed."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not installed:
+        raise UserError("--engine vllm needs vLLM: pip install -r requirements-vllm.txt, or use --engine hf")
+    return ("vllm" if installed and torch.cuda.is_available() else "hf") if engine == "auto" else engine
+
+
 def refuse_ignored(args: Args, given: set[str], ignored: dict[str, str]) -> None:
     """Stop if a flag was given that this run would ignore. `ignored`: field name -> why this method ignores it."""
     if not args.lora:
         ignored = ignored | {"lora_targets": "--lora is 0"}
+    if args.engine != "vllm":
+        ignored = ignored | dict.fromkeys(("tensor_parallel", "vllm_memory"), f"the engine is {args.engine}")
     if not args.save_every:
         ignored = ignored | {"keep": "--save-every is 0"}
     if not args.resume:
@@ -821,6 +836,9 @@ class HFEngine:
         for name, value in weights:
             ours[name].copy_(value)
 
+    def rest(self) -> None:
+        """Nothing is to be generated before the next sync."""
+
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0, limits: list[int] | None = None,
                  seeds: list[int] | None = None) -> list[Response]:
@@ -853,7 +871,87 @@ class HFEngine:
         return responses
 
 
-ENGINES = {"hf": HFEngine}  # by --engine
+class VLLMEngine:
+    """vLLM within the training processes: one engine a rank, or one over --tensor-parallel ranks. See requirements-vllm.txt."""
+
+    def __init__(self, name: str, processor: Processor, args: Args):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, where weights can be handed over in place
+        import vllm
+
+        self.processor, self.args, self.vllm, self.asleep, self.group = processor, args, vllm, False, None
+        if not "0.25" <= ".".join(part.zfill(2) for part in vllm.__version__.split(".")[:2]) < "0.34":
+            say(f"warning: vLLM {vllm.__version__} is outside of what was tried, 0.25 to 0.33")
+        if world_size() % args.tensor_parallel:
+            raise UserError(f"--tensor-parallel {args.tensor_parallel} does not divide the {world_size()} ranks")
+        if args.tensor_parallel > 1:
+            self.group, _ = dist.new_subgroups(group_size=args.tensor_parallel)
+        gpu = torch.cuda.is_available()
+        if not gpu:
+            import vllm._custom_ops
+
+            vllm._custom_ops._supports_onednn = False  # its packed weights could not be overwritten
+        self.llm = vllm.LLM(
+            model=locate(name), dtype=args.dtype, seed=args.seed, max_model_len=args.max_prompt + args.max_response, max_num_seqs=args.rollout_batch,
+            tensor_parallel_size=args.tensor_parallel, distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+            limit_mm_per_prompt={"image": IMAGES, "video": 0} if processor.image_id is not None else None, enforce_eager=not gpu, enable_sleep_mode=gpu,
+            logprobs_mode="processed_logprobs", disable_log_stats=True, **({"gpu_memory_utilization": args.vllm_memory} if gpu else {}))
+        width = self.llm.model_config.get_vocab_size()
+        self.bias = {token: -100.0 for token in processor.banned + list(range(processor.vocab, width))}  # as HFEngine bans them
+
+    def sync(self, weights) -> None:
+        """See HFEngine.sync. What vLLM remembers of earlier weights goes: its caches of prefixes, and of images' features."""
+        self.wake()
+        dtype = getattr(torch, self.args.dtype)
+        self.llm.apply_model(lambda model: model.load_weights((name, value.to(dtype)) for name, value in weights) and None)
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def rest(self) -> None:
+        """Leave the GPU's memory to the update."""
+        if torch.cuda.is_available() and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+    def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0, limits: list[int] | None = None,
+                 seeds: list[int] | None = None) -> list[Response]:
+        """See HFEngine.generate. With tensor parallelism the ranks of an engine have to call it together."""
+        self.wake()
+        limits = limits or [self.args.max_response] * len(prompts)
+        seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
+        mine = list(zip(map(self.request, prompts), limits, seeds))
+        parts = [mine]
+        if self.group is not None:
+            parts = [None] * self.args.tensor_parallel
+            dist.all_gather_object(parts, mine, group=self.group)
+        inputs, settings = [], []
+        for request, limit, seed in (one for part in parts for one in part):
+            inputs.append(request)
+            settings.append(self.vllm.SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=limit, seed=seed, logprobs=0,
+                                                     logit_bias=self.bias, stop_token_ids=[self.processor.tokenizer.eos_token_id]))
+        outputs = self.llm.generate(inputs, settings, use_tqdm=False) if inputs else []
+        first = sum(map(len, parts[: rank() % len(parts)]))
+        responses = []
+        for output in outputs[first : first + len(mine)]:
+            (said,) = output.outputs
+            ids = list(said.token_ids)
+            log_probs = [at[token].logprob for at, token in zip(said.logprobs, ids)]
+            responses.append(Response(ids, log_probs, said.finish_reason == "stop", self.processor.tokenizer.decode(ids, skip_special_tokens=True)))
+        return responses
+
+    def request(self, prompt: Prompt) -> dict:
+        """A prompt as vLLM wants it: one placeholder an image, which it expands itself."""
+        placeholder = self.processor.image_id
+        ids = [token for token, before in zip(prompt.ids, [None, *prompt.ids]) if token != placeholder or before != placeholder]
+        return {"prompt_token_ids": ids} | ({"multi_modal_data": {"image": prompt.images}} if prompt.images else {})
+
+
+IMAGES = 16  # of one conversation that vLLM makes room for
+ENGINES = {"hf": HFEngine, "vllm": VLLMEngine}  # by --engine
 
 
 def writer(name: str, endpoint: str, args: Args):
@@ -1037,6 +1135,7 @@ class WithTools:
     def __init__(self, engine, calls: int, args: Args):
         """calls: that one response may make."""
         self.engine, self.calls, self.args, self.processor, self.sync = engine, calls, args, engine.processor, engine.sync
+        self.rest = engine.rest
 
     def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0, limits: None = None,
                  seeds: list[int] | None = None) -> list[Response]:
@@ -1057,7 +1156,7 @@ class WithTools:
                     response.refused = turn == self.calls or not self.observe(response, call[1].strip(), seen, left - len(answer.ids))
                     calling += [] if response.refused else [i]
             going = calling
-            if not going:
+            if not max(all_gather_object(len(going))):  # ranks that share an engine take every turn together
                 break
         return responses
 
@@ -1101,6 +1200,7 @@ def sample_responses(engine, rows: list[dict], contexts: dict, args: Args, kind=
     sampled_under = next(iter(contexts))
     seeds = [seed_of(args.seed, row.get("draw", row["index"]), i) for row in rows for i in range(args.group)]
     responses = engine.generate([p[sampled_under] for p in encoded for _ in range(args.group)], args.temperature, args.top_p, args.top_k, seeds=seeds)
+    engine.rest()
     return [kind(rows[i // args.group], encoded[i // args.group], response) for i, response in enumerate(responses)]
 
 
@@ -1591,7 +1691,7 @@ class Run:
 
     def begin(self, plan: str) -> None:
         """Create the folder, once nothing can be refused any more, and say what the run is going to do."""
-        say(f"{self.method}, preset {self.args.preset}: {plan}\n{f'going on after step {step_of(self.state)}, ' if self.state else ''}writing to {self.path}")
+        say(f"{self.method}, preset {self.args.preset}, engine {self.args.engine}: {plan}\n{f'going on after step {step_of(self.state)}, ' if self.state else ''}writing to {self.path}")
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             for file in ("metrics.jsonl", "samples.jsonl"):
@@ -1725,6 +1825,14 @@ def save_checkpoint(lm, processor: Processor, folder: Path, weights: dict[str, T
             shutil.copy(source, folder)
 
 
+GAP = 0.1  # mean difference of log-probs, in nats, that rounding does not explain
+
+
+def bends_nothing(args: Args) -> bool:
+    """Whether responses are sampled from the model's own distribution."""
+    return (args.temperature, args.top_p, args.top_k) == (1.0, 1.0, 0)
+
+
 class Progress:
     """The steps of a run, with a bar: collects what is logged during a step and writes it when the step ends.
 
@@ -1743,7 +1851,7 @@ class Progress:
         self.run, self.steps, self.models, self.questions, self.values, self.shown = run, steps, models, questions, {}, {}
         saved = run.restore(models) if run.state else {"step": 0, "drawn": 0, "own": {}}
         self.step = self.first = saved["step"]
-        self.own = saved["own"]
+        self.own, self.warned = saved["own"], False
         questions.skip(saved["drawn"])
         self.bar = tqdm(total=steps, initial=self.first, unit="step", disable=rank() != 0, dynamic_ncols=True)
         self.started = self.mark = time.perf_counter()
@@ -1755,7 +1863,11 @@ class Progress:
         for self.step in range(self.first + 1, self.steps + 1):
             self.values, self.mark = {}, time.perf_counter()
             yield self.step
-            self.run.metrics(self.step, self.means())
+            means = self.means()
+            self.run.metrics(self.step, means)
+            if means.get("sampler_gap", 0) > GAP and not self.warned and bends_nothing(self.run.args):
+                self.warned = True
+                self.note(f"the sampler's log-probs differ by {means['sampler_gap']:.2g} from the trainer's in the mean: they should be the same model")
             every = self.run.args.save_every
             if self.step == self.steps:
                 self.run.save("final", self.models)

@@ -358,8 +358,6 @@ def write_traces(rows: common.Rows, args: Args, folder: Path) -> None:
         engine = common.ENGINES[args.engine](args.teacher, common.Processor(args.teacher), args)
     for picked in store.batches(pending, args.rollout_batch, "traces"):
         batch = [rows[i] for i in picked]
-        if not batch:
-            continue
         prompts = [engine.processor.encode(question(row, args)) for row in batch]
         responses = engine.generate(prompts, args.temperature, args.top_p, args.top_k, seeds=[common.seed_of(args.seed, row["index"]) for row in batch])
         store.add([{"row": row["index"], "problem": row["problem"], "answer": row.get(args.column_answer), "response": r.text, "finished": r.finished}
