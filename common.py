@@ -95,6 +95,7 @@ class Args:
     freeze_vision: bool = False  # keep the vision tower as it is
     lora: int = 0  # rank of LoRA adapters, whose scale is 2 and which alone are trained; 0 = all weights are
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # linear layers that get an adapter, by the end of their name
+    replicas: int = 1  # copies of the sharded models, as one a machine: sharded within a copy, gradients averaged over all; 1 = sharded over all ranks
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third more time
 
     eval_every: int = 50  # rollout batches between evaluations; 0 = only at the start and the end
@@ -114,7 +115,7 @@ CLIPS = dict.fromkeys(("clip_low", "clip_high"), "with --updates 1 the policy is
 TRAINING = ("data", "data_split", "max_steps", "epochs", "lora", "lora_targets", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts",
             "updates", "eval_every", "eval_samples", "save_every", "keep", "resume", "resume_anyway", "log_samples", "tracker")  # what a run that does not train ignores
 HARMLESS = ("output", "resume", "resume_anyway", "tracker", "log_samples", "save_every", "keep", "eval_data", "eval_split", "eval_every", "eval_rows", "eval_samples",
-            "rollout_batch", "vllm_memory", "micro_batch", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
+            "rollout_batch", "vllm_memory", "replicas", "micro_batch", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
 
 
 def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
@@ -132,7 +133,7 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
         raise UserError(f"there is no preset {preset!r}; choose one of: {', '.join(presets)}")
     default = cls(**presets[preset] | {"preset": preset})
     args = tyro.cli(cls, args=argv, default=default, description=f"Settings shown are those of the preset {preset!r}.")
-    for name in ("prompts", "group", "updates", "rollout_batch", "max_prompt", "max_response", "micro_batch", "loss_chunk"):
+    for name in ("prompts", "group", "updates", "rollout_batch", "max_prompt", "max_response", "micro_batch", "loss_chunk", "tensor_parallel", "replicas", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for name, low, high in (("temperature", 1e-6, 100), ("top_p", 1e-6, 1), ("lr", 0, 10), ("grad_clip", 1e-12, math.inf)):
@@ -796,7 +797,10 @@ def load_model(name: str, args: Args, trained: bool) -> Model:
         model.lm.gradient_checkpointing_enable()
         model.lm.train()  # transformers checkpoints only in training mode; these models have no dropout unless their config says so
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    mesh = dist.device_mesh.init_device_mesh(device().type, (world_size(),))
+    if world_size() % args.replicas:
+        raise UserError(f"--replicas {args.replicas} does not divide the {world_size()} ranks")
+    shape, names = ((world_size(),), ("shard",)) if args.replicas == 1 else ((args.replicas, world_size() // args.replicas), ("replicate", "shard"))
+    mesh = dist.device_mesh.init_device_mesh(device().type, shape, mesh_dim_names=names)
     blocks = set(model.lm._no_split_modules or ())
     for module in [m for m in model.modules() if type(m).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -951,14 +955,18 @@ class VLLMEngine:
 
 
 IMAGES = 16  # of one conversation that vLLM makes room for
-ENGINES = {"hf": HFEngine, "vllm": VLLMEngine}  # by --engine
+
+
+def make_engine(name: str, processor: Processor, args: Args) -> HFEngine | VLLMEngine:
+    """The engine of --engine for a checkpoint."""
+    return {"hf": HFEngine, "vllm": VLLMEngine}[choose_engine(args.engine)](name, processor, args)
 
 
 def writer(name: str, endpoint: str, args: Args):
     """fn(contexts) -> (text, whether it ended by itself) each, by a local checkpoint or by the model that an endpoint serves."""
     if endpoint:
         return functools.partial(ask_endpoint, endpoint, name, args.max_response, args.temperature)
-    engine = ENGINES[args.engine](name, Processor(name), args)
+    engine = make_engine(name, Processor(name), args)
     return lambda contexts: [(r.text, r.finished) for r in engine.generate([engine.processor.encode(c) for c in contexts], args.temperature)]
 
 
@@ -1587,7 +1595,7 @@ def load_models(args: Args, processor: Processor, teacher: str | None, updates: 
         same = args.lora and teacher == args.student
         frozen = WithoutAdapters(student, getattr(torch, args.dtype)) if same else load_model(teacher, args, trained=False)
     vocab = min([processor.vocab, student.vocab] + ([frozen.vocab] if frozen else []))
-    engine = ENGINES[args.engine](args.student, processor, args)
+    engine = make_engine(args.student, processor, args)
     return Models(processor, student, engine, *make_optimizer(student, args, updates), vocab, frozen, frozen and frozen.head())
 
 

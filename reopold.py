@@ -326,7 +326,7 @@ def main() -> None:
     steps = common.count_steps(args, train)
     models = common.load_models(args, processor, teacher, steps * args.updates)
     if args.method == "sft":
-        writer = common.ENGINES[args.engine](teacher, reader, args)
+        writer = common.make_engine(teacher, reader, args)
     if args.calls:
         models.engine, writer = (engine and common.WithTools(engine, args.calls, args) for engine in (models.engine, writer))
 

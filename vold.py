@@ -355,7 +355,7 @@ def write_traces(rows: common.Rows, args: Args, folder: Path) -> None:
     pending = [i for i in range(common.rank(), len(rows), common.world_size()) if rows.kept[i] not in store.done]
     common.say(f"traces for {len(rows)} questions by {args.teacher}, {len(store.done)} of them written before; to {folder}")
     if pending:
-        engine = common.ENGINES[args.engine](args.teacher, common.Processor(args.teacher), args)
+        engine = common.make_engine(args.teacher, common.Processor(args.teacher), args)
     for picked in store.batches(pending, args.rollout_batch, "traces"):
         batch = [rows[i] for i in picked]
         prompts = [engine.processor.encode(question(row, args)) for row in batch]

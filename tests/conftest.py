@@ -5,9 +5,11 @@ import importlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two run at a time and share the cores; threads that wait for each other's would burn them
@@ -122,11 +124,22 @@ def refusal(script: str, argv: list) -> str:
     return result.stderr + result.stdout
 
 
-def layout_gradients(tiny: Path, tmp_path: Path, layouts: list) -> list[dict]:
-    """Gradients of one update on fixed rollouts (gradients.py), one a layout; all layouts are for the same number of ranks."""
-    ranks = len(layouts[0][0])
-    result = run_script("tests/gradients.py", tiny, tmp_path / "gradients.pt", json.dumps(layouts), torchrun=ranks if ranks > 1 else 0)
-    assert result.returncode == 0, result.stderr
+def layout_gradients(tiny: Path, tmp_path: Path, layouts: list, machines: int = 1) -> list[dict]:
+    """Gradients of one update on fixed rollouts (gradients.py), one a layout; all layouts are for the same number of ranks.
+
+    machines: as many torchrun agents, which find each other by their rendezvous as on different machines.
+    """
+    ranks, argv = len(layouts[0][0]), ["tests/gradients.py", tiny, tmp_path / "gradients.pt", json.dumps(layouts)]
+    if machines == 1:
+        results = [run_script(*argv, torchrun=ranks if ranks > 1 else 0)]
+    else:
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        meet = ["-m", "torch.distributed.run", "--nnodes", machines, "--nproc-per-node", ranks // machines, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+        with ThreadPoolExecutor(machines) as pool:
+            results = list(pool.map(lambda _: run_script(*meet, *argv), range(machines)))
+    assert all(result.returncode == 0 for result in results), results[0].stderr
     return torch.load(tmp_path / "gradients.pt")
 
 

@@ -19,10 +19,13 @@ OTHER = [("vgs", {"method": "standard"}), ("vgs", {"method": "adaptive"}), ("ptd
          ("reopold", {"progress": 0.9, "updates": 2}), ("reopold", {"updates": 2, "calls": 2}), ("reopold", {"method": "gkd-top"})]
 
 
+COPIES = ([5, 3], 3, 7, "vgs", MIXED[1] | {"replicas": 2})  # a whole model on each rank
+
+
 @pytest.fixture(scope="module")
 def gradients(tiny, tmp_path_factory):
     """By layout: one process for all layouts of one rank, one torchrun for all layouts of two."""
-    one, two = ONE + [([8], 3, 7, *other) for other in OTHER], TWO + [([8, 0], 3, 7, *other) for other in OTHER]
+    one, two = ONE + [([8], 3, 7, *other) for other in OTHER], TWO + [COPIES] + [([8, 0], 3, 7, *other) for other in OTHER]
     found = {}
     for layouts in (one, two):
         results = layout_gradients(tiny, tmp_path_factory.mktemp("gradients"), layouts)
@@ -30,7 +33,7 @@ def gradients(tiny, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("layout", ONE[1:] + TWO, ids=str)
+@pytest.mark.parametrize("layout", [*ONE[1:], *TWO, COPIES], ids=str)
 def test_gradients_do_not_depend_on_the_layout(gradients, layout):
     reference, got = gradients[str(ONE[0])], gradients[str(layout)]
     assert all(g.any() for g in reference["gradient"].values()), "every parameter is trained"
@@ -51,6 +54,12 @@ def test_the_other_shapes_of_batch_too(gradients, other):
         assert all(two["log"][key] == pytest.approx(value, rel=1e-5) for key, value in one["log"].items())
     else:
         assert two["eta"] == (None if other[1]["method"] == "standard" else pytest.approx(one["eta"], rel=1e-5))
+
+
+def test_two_machines_have_the_gradient_of_one(gradients, tiny, tmp_path):
+    """Two torchrun agents that meet on a port of localhost, with one rank each."""
+    (found,) = layout_gradients(tiny, tmp_path, [([5, 3], 3, 7, *MIXED)], machines=2)
+    assert distance(found["gradient"], gradients[str(ONE[0])]["gradient"]) < 1e-6
 
 
 def test_two_ranks_train_as_one_does(tiny, tmp_path):
