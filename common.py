@@ -107,6 +107,8 @@ class Args:
     resume_anyway: bool = False  # resume even though settings differ from those of the run so far
     log_samples: int = 8  # responses of the first rank that a step writes to samples.jsonl
     output: str = ""  # run folder; default: runs/<file>-<preset>-<time>
+    plan: int = 0  # print what the run needs on each of so many GPUs, from the configs alone, and stop
+    card: float = 80.0  # GiB of memory of a GPU, for --plan
     tracker: Literal["none", "tensorboard", "wandb"] = "none"  # where metrics go besides metrics.jsonl
     seed: int = 0  # order of the data and sampling
 
@@ -114,7 +116,7 @@ class Args:
 CLIPS = dict.fromkeys(("clip_low", "clip_high"), "with --updates 1 the policy is the one that sampled, and no ratio is clipped")
 TRAINING = ("data", "data_split", "max_steps", "epochs", "lora", "lora_targets", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts",
             "updates", "eval_every", "eval_samples", "save_every", "keep", "resume", "resume_anyway", "log_samples", "tracker")  # what a run that does not train ignores
-HARMLESS = ("output", "resume", "resume_anyway", "tracker", "log_samples", "save_every", "keep", "eval_data", "eval_split", "eval_every", "eval_rows", "eval_samples",
+HARMLESS = ("output", "plan", "card", "resume", "resume_anyway", "tracker", "log_samples", "save_every", "keep", "eval_data", "eval_split", "eval_every", "eval_rows", "eval_samples",
             "rollout_batch", "vllm_memory", "replicas", "micro_batch", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
 
 
@@ -163,6 +165,8 @@ def refuse_ignored(args: Args, given: set[str], ignored: dict[str, str]) -> None
         ignored = ignored | {"lora_targets": "--lora is 0"}
     if args.engine != "vllm":
         ignored = ignored | dict.fromkeys(("tensor_parallel", "vllm_memory"), f"the engine is {args.engine}")
+    if not args.plan:
+        ignored = ignored | {"card": "there is no --plan"}
     if not args.save_every:
         ignored = ignored | {"keep": "--save-every is 0"}
     if not args.resume:
@@ -206,6 +210,9 @@ def launch(main) -> None:
         main()
     except KeyboardInterrupt:
         raise UserError("interrupted outside of training") from None
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"rank {rank()} is out of GPU memory ({str(e).splitlines()[0]}). The same command with --plan {world_size()} shows where it goes; "
+                        "lower --micro-batch or --vllm-memory, set --gradient-checkpointing, or use more GPUs") from None
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -806,6 +813,98 @@ def load_model(name: str, args: Args, trained: bool) -> Model:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model.to(device())
+
+
+# ====================================================================================================== memory
+@dataclass
+class Sizes:
+    """Of a checkpoint, from its config alone: numbers of parameters, and what a token's activations hold (numbers a layer, in all layers)."""
+
+    parameters: int
+    trained: int
+    outside: int  # parameters outside of the blocks that are sharded one by one: embeddings, output matrix
+    block: int  # parameters of the largest block
+    vocab: int
+    hidden: int
+    cache: int  # numbers that a token leaves in the cache of keys and values
+    saved: int  # numbers a token, kept for the backward pass, of all layers
+    layer: int  # and of one
+
+
+def sizes_of(name: str, args: Args) -> Sizes:
+    """Builds the model without memory (torch's meta device)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(locate(name))
+    except (OSError, ValueError) as e:
+        raise UserError(f"checkpoint {name!r} cannot be read ({str(e).splitlines()[0]})") from None
+    with torch.device("meta"):
+        lm = (AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM).from_config(config)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    blocks = [count(m) for m in lm.modules() if type(m).__name__ in set(lm._no_split_modules or ())]
+    vision, text = getattr(lm.model, "visual", None), config.get_text_config()
+    trained = count(lm) - (count(vision) if vision is not None and args.freeze_vision else 0)
+    if args.lora:
+        linear = [m for n, m in lm.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in args.lora_targets.split(",")]
+        trained = sum(args.lora * (m.in_features + m.out_features) for m in linear)
+    # Of a block, whose attention keeps no probabilities: twenty vectors of the hidden size (what norms, queries, keys, values and outputs keep) and
+    # four of the inner one, counted on Qwen3's.
+    layer = 20 * text.hidden_size + 4 * text.intermediate_size
+    saved = text.num_hidden_layers * (text.hidden_size if args.gradient_checkpointing else layer)
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Sizes(count(lm), trained, count(lm) - sum(blocks), max(blocks, default=0), lm.lm_head.weight.shape[0], text.hidden_size,
+                 2 * text.num_hidden_layers * heads * width, saved, layer)
+
+
+def plan_memory(args: Args, teacher: str | None, contexts: int, kept: int) -> dict[str, tuple[float, float]]:
+    """What a GPU holds: name -> (bytes while sampling, bytes while training). An estimate; prompts and responses are taken as long as they may be.
+
+    contexts: in which the student reads a response at once. kept: hidden states of the teacher that a response token keeps until the update.
+    """
+    shards, narrow = max(args.plan // args.replicas, 1), 2 if args.dtype == "bfloat16" else 4
+    s = sizes_of(args.student, args)
+    responses = args.prompts * args.group / args.plan
+    tokens = args.micro_batch * contexts * (args.max_prompt + args.max_response)
+    need = {
+        "student, float32, sharded": (4 * s.parameters / shards,) * 2,
+        "optimizer, sharded": (8 * s.trained / shards,) * 2,
+        "gradients, sharded": (0, 4 * s.trained / shards),
+        "gathered weights and gradients": (0, narrow * (2 * s.outside + 3 * s.block)),
+        f"activations of {tokens:,} tokens": (0, narrow * tokens * (s.saved + s.layer * args.gradient_checkpointing)),
+        "loss: logits of a chunk, head's gradient": (0, 4 * args.loss_chunk * s.vocab * (3 * contexts + 2 * bool(teacher) + 2) + (4 + narrow) * s.vocab * s.hidden),
+    }
+    if teacher is not None and not (args.lora and teacher == args.student):
+        t = sizes_of(teacher, args)
+        need["teacher, sharded"] = (narrow * t.parameters / shards,) * 2
+        need["teacher's output matrix, whole"] = (narrow * t.vocab * t.hidden,) * 2
+        need["teacher's hidden states"] = (0, narrow * kept * responses * args.max_response * t.hidden)
+    if args.engine == "vllm":
+        need["vLLM (asleep in training)"] = (args.vllm_memory * args.card * 2**30, 0)
+    else:
+        cache = s.cache * min(args.rollout_batch, responses) * (args.max_prompt + args.max_response)
+        need["sampler: a copy of the student, its cache"] = (narrow * (s.parameters + cache), narrow * s.parameters)
+    return need
+
+
+def print_plan(args: Args, teacher: str | None, contexts: int, kept: int = 0) -> None:
+    """The table of --plan."""
+    if args.plan % args.replicas or (args.prompts // args.updates) % args.plan:
+        raise UserError(f"--plan {args.plan}: so many ranks cannot share --prompts {args.prompts} in --updates {args.updates} evenly, or --replicas {args.replicas}")
+    need = plan_memory(args, teacher, contexts, kept)
+    say(f"{'GiB on each of ' + str(args.plan) + ' GPUs':44}{'sampling':>10}{'training':>10}")
+    for name, (sampling, training) in need.items():
+        say(f"{name:44}{sampling / 2**30:10.2f}{training / 2**30:10.2f}")
+    totals = [sum(column) / 2**30 for column in zip(*need.values())]
+    say(f"{'together':44}{totals[0]:10.2f}{totals[1]:10.2f}")
+    responses = args.prompts * args.group
+    say(f"a step: {responses} responses, up to {responses * args.max_response:,} tokens, in {args.updates} updates; "
+        f"{-(-responses // (args.updates * args.plan * args.micro_batch))} micro-batches a GPU and update")
+    # What an estimate like this leaves out (kernels' workspace, fragmentation, the vision tower's activations) is taken as a tenth.
+    fits = 1.1 * max(totals) <= args.card
+    say(f"with a tenth to spare it {'fits' if fits else 'does not fit'} into {args.card:g} GiB" + ("" if fits else
+        ": lower --micro-batch, --loss-chunk or --vllm-memory, set --gradient-checkpointing or --lora, or use more GPUs"))
 
 
 # ====================================================================================================== rollouts

@@ -582,6 +582,8 @@ def check_settings(args: Args, given: set[str]) -> None:
 def main() -> None:
     args, given = common.parse_args(Args, PRESETS)
     check_settings(args, given)
+    if args.plan:
+        return common.print_plan(args, args.student if uses_tutor(args) or args.kl else None, 1, kept=1)
     common.start_distributed(args)
     if args.make_hints:
         return make_hints(args)

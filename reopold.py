@@ -310,6 +310,8 @@ def check_settings(args: Args, given: set[str]) -> None:
 def main() -> None:
     args, given = common.parse_args(Args, PRESETS)
     check_settings(args, given)
+    if args.plan:
+        return common.print_plan(args, None if args.method == "grpo" else args.teacher, 1, kept=int(args.method in FULL))
     common.start_distributed(args)
     run = common.Run("reopold", args)
     processor, teacher, writer = common.Processor(args.student), None if args.method == "grpo" else args.teacher, None

@@ -351,6 +351,8 @@ def check_settings(args: Args, given: set[str]) -> None:
 def main() -> None:
     args, given = common.parse_args(Args, PRESETS)
     check_settings(args, given)
+    if args.plan:
+        return common.print_plan(args, None if args.method == "grpo" else args.teacher, len(contexts(args)), kept=len(contexts(args)))
     common.start_distributed(args)
     run = common.Run("vgs", args)
     processor, teacher = common.Processor(args.student), None if args.method == "grpo" else args.teacher

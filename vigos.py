@@ -528,6 +528,8 @@ def check_settings(args: Args, given: set[str]) -> None:
 def main() -> None:
     args, given = common.parse_args(Args, PRESETS)
     check_settings(args, given)
+    if args.plan:
+        return common.print_plan(args, args.student, 1, kept=1)
     common.start_distributed(args)
     run = common.Run("vigos", args)
     processor, told = common.Processor(args.student), {"reference": args.column_reference}

@@ -512,6 +512,8 @@ def load_text(args: Args, processor: common.Processor, traces: bool) -> common.R
 def main() -> None:
     args, given = common.parse_args(Args, PRESETS)
     check_settings(args, given)
+    if args.plan:  # of stage 2, which needs most
+        return common.print_plan(dataclasses.replace(args, freeze_vision=True), args.teacher if distils(args) else None, 1)
     common.start_distributed(args)
     going_on = args.resume not in ("", "auto")
     base = Path(common.all_gather_object(args.resume if going_on else args.output or f"runs/vold-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}")[0])

@@ -1,7 +1,7 @@
 """Would the tests of topk_tail.cu notice? Each mutation deletes a barrier, a tail term, a fix-up or a check, and must be found.
 
 A mutated source is compiled for the CPU and put through a few of test_kernel.py's comparisons; a wrong number, a race, a read out
-of bounds or a deadlock counts as found. `pytest tests/test_kernel_mutations.py -rA` lists them with what found them.
+of bounds or a deadlock counts as found. `pytest -m slow tests/test_kernel_mutations.py -rA` lists them with what found them.
 """
 
 import re
@@ -117,6 +117,7 @@ def cases():
         yield name, SOURCE.replace(old, new)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the kernel for the CPU")
 def test_every_mutation_is_found(tmp_path):
     examine(build_for_cpu(kernels.SOURCE, tmp_path / "unchanged.so"))

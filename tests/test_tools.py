@@ -94,9 +94,7 @@ class Scripted:
 
     def __init__(self, processor, scripts):
         self.processor, self.scripts, self.asked = processor, scripts, []
-
-    def sync(self, weights):
-        pass
+        self.sync = self.rest = None
 
     def generate(self, prompts, temperature, top_p=1.0, top_k=0, limits=None, seeds=None):
         self.asked.append((prompts, limits))
@@ -157,7 +155,7 @@ class Calling:
     """The real engine, whose answers of the first turns are taken for calls: an untrained model makes none."""
 
     def __init__(self, engine):
-        self.engine, self.processor, self.sync, self.turn = engine, engine.processor, engine.sync, 0
+        self.engine, self.processor, self.sync, self.rest, self.turn = engine, engine.processor, engine.sync, engine.rest, 0
 
     def generate(self, *what):
         self.turn += 1
