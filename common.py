@@ -2,8 +2,8 @@
 
 Read it next to a method file. Its order is that of a run:
 
-    settings, distributed, data, contexts and encoding, models, rollouts, samples and micro-batches,
-    the vocabulary in chunks, GRPO, answers, evaluation, optimizer, run folder
+    settings, distributed, data, contexts and encoding, models, memory, rollouts, image tools, samples and
+    micro-batches, the vocabulary in chunks, GRPO, answers, evaluation, optimizer, run folder
 
 Three conventions hold everywhere:
   * Response tokens are flat. Every per-token quantity is a vector [N] with one entry per response token, and every model's
@@ -141,7 +141,9 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     for name, low, high in (("temperature", 1e-6, 100), ("top_p", 1e-6, 1), ("lr", 0, 10), ("grad_clip", 1e-12, math.inf)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must lie in [{low}, {high}]")
-    args.engine = choose_engine(args.engine)
+    if args.plan < 0:
+        raise UserError(f"--plan is {args.plan}; it takes a number of GPUs")
+    args.engine = choose_engine(args.engine, args.plan)
     if args.engine == "vllm" and args.temperature > 2:
         raise UserError(f"--temperature is {args.temperature}; vLLM samples at 2 at most")
     if args.lora < 0:
@@ -151,8 +153,10 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     return args, given
 
 
-def choose_engine(engine: str) -> str:
-    """auto -> vllm where it and a CUDA device are there, else hf. Stops if vllm is asked for and not installed."""
+def choose_engine(engine: str, plan: int = 0) -> str:
+    """auto -> vllm where it and a CUDA device are there (a plan is for where they are), else hf. Stops if vllm is asked for and not installed."""
+    if plan:
+        return "vllm" if engine == "auto" else engine
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not installed:
         raise UserError("--engine vllm needs vLLM: pip install -r requirements-vllm.txt, or use --engine hf")
@@ -674,6 +678,8 @@ def load_rows(args: Args, processor: Processor, contexts: dict, held_out: bool =
         if blank := next((name for name in needed if not str(row[name] if row[name] is not None else "").strip()), None):
             return f"the {blank} is empty (column {columns[blank]!r})"
         views = {name: view for name, context in contexts.items() if (view := context(row)) is not None}
+        if args.engine == "vllm" and (most := max((len(view.images) for view in views.values()), default=0)) > IMAGES:
+            return f"it has {most} images, and vLLM is given room for {IMAGES}"
         return next((f"{wrong}, context {name!r}" for name, view in views.items() if (wrong := processor.complaint(view, args.max_prompt))), None)
 
     rows.check(args.skip_bad_rows, processor.patch if images else 0, answers, complaint)
@@ -871,7 +877,7 @@ def plan_memory(args: Args, teacher: str | None, contexts: int, kept: int) -> di
         "student, float32, sharded": (4 * s.parameters / shards,) * 2,
         "optimizer, sharded": (8 * s.trained / shards,) * 2,
         "gradients, sharded": (0, 4 * s.trained / shards),
-        "gathered weights and gradients": (0, narrow * (2 * s.outside + 3 * s.block)),
+        "gathered weights and gradients": (0, narrow * (2 * s.outside + 3 * s.block) + 4 * (s.outside + s.block) * (narrow < 4)),
         f"activations of {tokens:,} tokens": (0, narrow * tokens * (s.saved + s.layer * args.gradient_checkpointing)),
         "loss: logits of a chunk, head's gradient": (0, 4 * args.loss_chunk * s.vocab * (3 * contexts + 2 * bool(teacher) + 2) + (4 + narrow) * s.vocab * s.hidden),
     }
@@ -923,7 +929,7 @@ class Response:
 class HFEngine:
     """transformers' generate on an unsharded copy of the student, in the compute dtype."""
 
-    def __init__(self, name: str, processor: Processor, args: Args):
+    def __init__(self, name: str, processor: Processor, args: Args, sleeps: bool = True):
         self.processor, self.args = processor, args
         self.lm = Model(name, getattr(torch, args.dtype)).requires_grad_(False).to(device()).lm
         ends = self.lm.generation_config.eos_token_id
@@ -941,6 +947,9 @@ class HFEngine:
 
     def rest(self) -> None:
         """Nothing is to be generated before the next sync."""
+
+    def close(self) -> None:
+        """Nothing is to be generated any more."""
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], temperature: float, top_p: float = 1.0, top_k: int = 0, limits: list[int] | None = None,
@@ -974,14 +983,19 @@ class HFEngine:
         return responses
 
 
+IMAGES = 16  # of one conversation: what vLLM is told to make room for, and tools keep to
+
+
 class VLLMEngine:
     """vLLM within the training processes: one engine a rank, or one over --tensor-parallel ranks. See requirements-vllm.txt."""
 
-    def __init__(self, name: str, processor: Processor, args: Args):
+    def __init__(self, name: str, processor: Processor, args: Args, sleeps: bool = True):
+        """sleeps: whether it may leave the GPU's memory to others between rollouts; only one engine of a process can."""
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, where weights can be handed over in place
         import vllm
 
         self.processor, self.args, self.vllm, self.asleep, self.group = processor, args, vllm, False, None
+        self.sleeps = sleeps and torch.cuda.is_available()
         if not "0.25" <= ".".join(part.zfill(2) for part in vllm.__version__.split(".")[:2]) < "0.34":
             say(f"warning: vLLM {vllm.__version__} is outside of what was tried, 0.25 to 0.33")
         if world_size() % args.tensor_parallel:
@@ -996,7 +1010,7 @@ class VLLMEngine:
         self.llm = vllm.LLM(
             model=locate(name), dtype=args.dtype, seed=args.seed, max_model_len=args.max_prompt + args.max_response, max_num_seqs=args.rollout_batch,
             tensor_parallel_size=args.tensor_parallel, distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
-            limit_mm_per_prompt={"image": IMAGES, "video": 0} if processor.image_id is not None else None, enforce_eager=not gpu, enable_sleep_mode=gpu,
+            limit_mm_per_prompt={"image": IMAGES, "video": 0} if processor.image_id is not None else None, enforce_eager=not gpu, enable_sleep_mode=self.sleeps,
             logprobs_mode="processed_logprobs", disable_log_stats=True, **({"gpu_memory_utilization": args.vllm_memory} if gpu else {}))
         width = self.llm.model_config.get_vocab_size()
         self.bias = {token: -100.0 for token in processor.banned + list(range(processor.vocab, width))}  # as HFEngine bans them
@@ -1011,9 +1025,13 @@ class VLLMEngine:
 
     def rest(self) -> None:
         """Leave the GPU's memory to the update."""
-        if torch.cuda.is_available() and not self.asleep:
+        if self.sleeps and not self.asleep:
             self.llm.sleep(level=1)
             self.asleep = True
+
+    def close(self) -> None:
+        """Give back all memory, for the engine of a next stage."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def wake(self) -> None:
         if self.asleep:
@@ -1053,12 +1071,11 @@ class VLLMEngine:
         return {"prompt_token_ids": ids} | ({"multi_modal_data": {"image": prompt.images}} if prompt.images else {})
 
 
-IMAGES = 16  # of one conversation that vLLM makes room for
 
 
-def make_engine(name: str, processor: Processor, args: Args) -> HFEngine | VLLMEngine:
-    """The engine of --engine for a checkpoint."""
-    return {"hf": HFEngine, "vllm": VLLMEngine}[choose_engine(args.engine)](name, processor, args)
+def make_engine(name: str, processor: Processor, args: Args, sleeps: bool = True) -> HFEngine | VLLMEngine:
+    """The engine of --engine for a checkpoint; sleeps: see VLLMEngine."""
+    return {"hf": HFEngine, "vllm": VLLMEngine}[choose_engine(args.engine)](name, processor, args, sleeps)
 
 
 def writer(name: str, endpoint: str, args: Args):
@@ -1268,8 +1285,10 @@ class WithTools:
         return responses
 
     def observe(self, response: Response, call: str, seen: Prompt, room: int) -> bool:
-        """Answer a call; False if the answer and one more token do not fit into `room`."""
+        """Answer a call; False if the answer and one more token do not fit into `room`, or its images are too many."""
         text, images, failed = answer_call(call, seen.images)
+        if len(seen.images) + len(images) > IMAGES:
+            return False
         try:
             turn = self.processor.next_turn(user_message(text, len(images)), images)
         except ValueError:  # a strip so narrow that the image processor refuses it
@@ -1775,14 +1794,14 @@ class Run:
         if (self.path / "final").exists():
             say(f"{self.path / 'final'} is there: this run is finished")
             raise SystemExit(0)
-        states = sorted(self.path.glob("checkpoints/step-*/state"), key=step_of)
-        torn = [state for state in states if not all((state / name).exists() for name in (".metadata", "progress.json"))]
+        states = states_in(self.path)
+        torn = [state for state in states if not all((state / name).exists() and (state / name).stat().st_size for name in (".metadata", "progress.json"))]
         for state in torn:
             say(f"{state} is not whole, and is passed over")
         whole_ones = [state for state in states if state not in torn]
         if not whole_ones and not auto:
             raise UserError(f"{self.path} holds no checkpoint to resume from (checkpoints/step-N/state); they are written with --save-every")
-        if not whole_ones:
+        if not (self.path / "args.json").exists():
             return
         before, now = json.loads((self.path / "args.json").read_text()), self.settings()
         if before["file"] != now["file"]:
@@ -1790,7 +1809,9 @@ class Run:
         changed = [f"--{name.replace('_', '-')} {before.get(name)} -> {value}" for name, value in now.items() if name not in HARMLESS and before.get(name) != value]
         if changed and not self.args.resume_anyway:
             raise UserError(f"{self.path} was begun with other settings ({', '.join(changed)}). Give the same ones, or say --resume-anyway")
-        self.state = whole_ones[-1]
+        self.state = whole_ones[-1] if whole_ones else None
+        if self.state is None:
+            say(f"{self.path} holds a run without a checkpoint: it begins anew")
 
     def settings(self) -> dict:
         """What args.json holds."""
@@ -1801,8 +1822,11 @@ class Run:
         say(f"{self.method}, preset {self.args.preset}, engine {self.args.engine}: {plan}\n{f'going on after step {step_of(self.state)}, ' if self.state else ''}writing to {self.path}")
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
+            done = step_of(self.state) if self.state else -1
             for file in ("metrics.jsonl", "samples.jsonl"):
-                cut_behind(self.path / file, step_of(self.state) if self.state else -1)
+                cut_behind(self.path / file, done)
+            for left in [*self.path.glob("**/*.partial"), *(state.parent for state in states_in(self.path) if step_of(state) > done)]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()  # what a run that was killed, and is now done again, left behind
             (self.path / "args.json").write_text(json.dumps(self.settings(), indent=2) + "\n")
             if self.args.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -1866,11 +1890,14 @@ class Run:
             dcp.save(training_state(models), checkpoint_id=aside / "state")
         if rank() == 0:
             if progress is not None:
-                (aside / "state" / "progress.json").write_text(json.dumps(progress | {"schedule": models.schedule.state_dict()}) + "\n")
+                with open(aside / "state" / "progress.json", "w") as f:
+                    f.write(json.dumps(progress) + "\n")
+                    f.flush()
+                    os.fsync(f.fileno())
             shutil.rmtree(self.path / folder, ignore_errors=True)  # one that was not whole
             aside.rename(self.path / folder)
             say(f"saved {self.path / folder}")
-            for old in sorted(self.path.glob("checkpoints/step-*/state"), key=step_of)[: -self.args.keep or None] if progress is not None else ():
+            for old in states_in(self.path)[: -self.args.keep] if progress is not None else ():
                 shutil.rmtree(old)
         wait()
 
@@ -1879,11 +1906,15 @@ class Run:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
-        state = training_state(models)
+        state, groups, schedule = training_state(models), models.optimizer.param_groups, models.schedule
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         dcp.load(state, checkpoint_id=self.state)
         set_state_dict(models.student, models.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=state_options())
         progress = json.loads((self.state / "progress.json").read_text())
-        models.schedule.load_state_dict(progress["schedule"])
+        schedule.last_epoch = progress["step"] * self.args.updates
+        for group, setting, base, factor in zip(models.optimizer.param_groups, settings, schedule.base_lrs, schedule.lr_lambdas):
+            group |= setting | {"lr": base * factor(schedule.last_epoch)}  # this run's settings, which --resume-anyway may have changed
+        schedule._last_lr = [group["lr"] for group in models.optimizer.param_groups]
         models.engine.sync(models.student.weights())
         return progress
 
@@ -1891,6 +1922,12 @@ class Run:
 def step_of(state: Path) -> int:
     """.../checkpoints/step-20/state -> 20"""
     return int(state.parent.name.removeprefix("step-"))
+
+
+def states_in(folder: Path) -> list[Path]:
+    """What can be resumed from in a run folder, oldest first."""
+    found = [state for state in folder.glob("checkpoints/step-*/state") if state.parent.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of)
 
 
 def state_options():

@@ -328,7 +328,7 @@ def main() -> None:
     steps = common.count_steps(args, train)
     models = common.load_models(args, processor, teacher, steps * args.updates)
     if args.method == "sft":
-        writer = common.make_engine(teacher, reader, args)
+        writer = common.make_engine(teacher, reader, args, sleeps=False)
     if args.calls:
         models.engine, writer = (engine and common.WithTools(engine, args.calls, args) for engine in (models.engine, writer))
 

@@ -354,7 +354,8 @@ def write_traces(rows: common.Rows, args: Args, folder: Path) -> None:
     store = common.Records(str(folder), made_from)
     pending = [i for i in range(common.rank(), len(rows), common.world_size()) if rows.kept[i] not in store.done]
     common.say(f"traces for {len(rows)} questions by {args.teacher}, {len(store.done)} of them written before; to {folder}")
-    if pending:
+    engine = None
+    if any(common.all_gather_object(bool(pending))):
         engine = common.make_engine(args.teacher, common.Processor(args.teacher), args)
     for picked in store.batches(pending, args.rollout_batch, "traces"):
         batch = [rows[i] for i in picked]
@@ -362,6 +363,8 @@ def write_traces(rows: common.Rows, args: Args, folder: Path) -> None:
         responses = engine.generate(prompts, args.temperature, args.top_p, args.top_k, seeds=[common.seed_of(args.seed, row["index"]) for row in batch])
         store.add([{"row": row["index"], "problem": row["problem"], "answer": row.get(args.column_answer), "response": r.text, "finished": r.finished}
                    for row, r in zip(batch, responses)])
+    if engine is not None:
+        engine.close()
 
 
 def read_traces(folder: Path, processor: common.Processor, args: Args) -> list[dict]:
@@ -403,6 +406,7 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, r
     with common.Progress(run, args.sft_steps, models, questions) as progress:
         progress.evaluate(models.engine, held_out, lambda row: with_image(row, args), args)
         for _ in progress:
+            models.engine.rest()
             samples = []
             for trace in questions.draw():
                 ids = processor.tokenizer(trace["response"], add_special_tokens=False)["input_ids"] + [end]
@@ -422,6 +426,7 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, r
             models.engine.sync(models.student.weights())
             progress.phase("sync")
             progress.evaluate(models.engine, held_out, lambda row: with_image(row, args), args)
+    models.engine.close()
 
 
 # ====================================================================================================== stage 2
@@ -525,7 +530,7 @@ def main() -> None:
     # Everything that a later stage needs is looked at before the first one spends its hours.
     held_out = reader = train = asked = None
     trained = (base / "sft" / "final").exists() and args.stage == "all"
-    of_stage = {"sft": args, "rl": dataclasses.replace(args, student=str(base / "sft" / "final") if args.stage == "all" else args.student)}
+    of_stage = {"sft": args, "rl": dataclasses.replace(args, student=str((base / "sft" / "final").resolve()) if args.stage == "all" else args.student)}
     if trained:
         before = json.loads((base / "sft" / "args.json").read_text())
         changed = [name for name in STAGE_1 if before[name] != getattr(args, name)]
@@ -534,6 +539,8 @@ def main() -> None:
                                    f"with --stage rl --student {base / 'sft' / 'final'}")
     if args.resume == "auto" and not args.output or going_on and args.output not in ("", args.resume):
         raise common.UserError("--resume takes a run folder, or auto and the folder in --output")
+    if going_on and not base.is_dir():
+        raise common.UserError(f"{base} holds nothing to resume from")
     try:
         runs = {stage: common.Run("vold", dataclasses.replace(of_stage[stage], output=str(base / stage), resume="auto" * bool(args.resume)))
                 for stage in ("sft", "rl") if args.stage in ("all", stage) and not (stage == "sft" and trained)}

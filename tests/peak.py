@@ -1,6 +1,7 @@
 """Worker of test_plan.py: the peak of this process's memory over one update, beside what the plan says. python tests/peak.py FOLDER SETTINGS"""
 
 import json
+import re
 import resource
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def main() -> None:
         micros = vgs.score(samples, models, args)
         vgs.weigh(micros, args, 1.0)
         vgs.update(micros, models, args)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before  # of this process; ru_maxrss is its parent's as well
     need = common.plan_memory(args, args.teacher, len(vgs.contexts(args)), len(vgs.contexts(args)))
     print(json.dumps({"measured": peak, "planned": sum(training for _, training in need.values()), "parts": {name: v[1] for name, v in need.items()},
                       "parameters": [sum(p.numel() for p in models.student.parameters()), common.sizes_of(args.student, args).parameters]}))

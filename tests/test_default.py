@@ -81,6 +81,7 @@ def test_a_minute_of_vgs_teaches_the_student(tmp_path):
     assert metrics[-1]["vis"] < 0.8 * metrics[1]["vis"]
 
 
+@pytest.mark.slow
 def test_half_a_minute_of_vigos_teaches_the_student_to_look(tmp_path):
     """It starts by believing captions: prior high, score low. How low varies with the build."""
     result = run_script("vigos.py", "--preset", "toy", "--max-steps", "25", "--output", tmp_path / "run", env={"OMP_NUM_THREADS": "2"})

@@ -24,7 +24,8 @@ def models(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("settings", [
-    {"method": "vgs", "prompts": 16, "micro_batch": 8}, {"method": "standard", "prompts": 16, "micro_batch": 8, "gradient_checkpointing": True},
+    {"method": "vgs", "prompts": 16, "micro_batch": 8},
+    pytest.param({"method": "standard", "prompts": 16, "micro_batch": 8, "gradient_checkpointing": True}, marks=pytest.mark.slow),
     pytest.param({"method": "standard", "prompts": 4, "micro_batch": 4}, marks=pytest.mark.slow),
     pytest.param({"method": "standard", "prompts": 16, "micro_batch": 16, "lora": 8}, marks=pytest.mark.slow),
 ], ids=["two contexts", "checkpointing", "small", "LoRA"])

@@ -67,7 +67,7 @@ def stopped(folder, copy, step=2):
     """A copy of a finished run as it was after a checkpoint, with a half-written line and a half-written checkpoint behind it."""
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "final")
-    (copy / "checkpoints" / "step-3.partial").mkdir()
+    (copy / "checkpoints" / "step-3.partial" / "state").mkdir(parents=True)
     with open(copy / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "std"')
     return copy
@@ -94,6 +94,14 @@ def test_resumed_is_as_undisturbed(tiny, tmp_path, name):
     done(run_script(script, *argv))
     for stage in stages:
         same(again / stage, whole / stage)
+    if name == "vold":  # and stopped in stage 2
+        stopped(whole / "rl", again / "stopped")
+        shutil.rmtree(again / "rl")
+        (again / "stopped").rename(again / "rl")
+        settings = json.loads((again / "rl" / "args.json").read_text())
+        (again / "rl" / "args.json").write_text(json.dumps(settings | {"student": str(again / "sft" / "final")}))
+        assert "going on after step 2" in done(run_script(script, *argv))
+        same(again / "rl", whole / "rl")
     assert "this run is finished" in done(run_script(script, *argv)) or name == "vold"
 
 
@@ -113,22 +121,27 @@ def test_on_two_ranks_and_from_two_to_one(tiny, tmp_path):
 
 
 def test_killed_at_some_moment(tiny, tmp_path):
-    """SIGKILL, three times, wherever it hits; each time --resume auto is told the same command."""
+    """SIGKILL, four times: in a step, and while a checkpoint is being written; each time --resume auto is told the same command."""
     script, argv = command(tiny, tmp_path / "whole", "vgs", max_steps=30, save_every=3)
     done(run_script(script, *argv))
     _, argv = command(tiny, tmp_path / "killed", "vgs", max_steps=30, save_every=3, resume="auto")
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    for step in (4, 11, 19):
+
+    def reached(step):
+        return metrics.exists() and f'"step": {step},' in metrics.read_text()
+
+    writing = tmp_path / "killed" / "checkpoints" / "step-15.partial" / "state"
+    for moment in (lambda: reached(4), lambda: reached(11), writing.exists, lambda: reached(19)):
         process = subprocess.Popen([sys.executable, script, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
-            time.sleep(0.05)
+        while process.poll() is None and not moment():
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "killed" / "final").exists()
     done(run_script(script, *argv))
     same(tmp_path / "killed", tmp_path / "whole")
     kept = [(tmp_path / "killed" / "checkpoints" / f"step-{step}" / "state").exists() for step in range(3, 30, 3)]
-    assert kept == [False] * 7 + [True] * 2  # --keep 2; the weights of all are there
+    assert not list((tmp_path / "killed").rglob("*.partial")) and kept == [False] * 7 + [True] * 2  # --keep 2; the weights of all are there
     assert (tmp_path / "killed" / "checkpoints" / "step-3" / "model.safetensors").exists()
 
 
@@ -163,12 +176,26 @@ def test_another_run_is_refused(tiny, tmp_path, run, name, changes, message):
 
 def test_it_can_be_told_to_go_on_all_the_same(tiny, tmp_path, run):
     folder = stopped(run, tmp_path / "run")
-    script, argv = command(tiny, None, "reopold", resume=folder, max_steps=3)
+    script, argv = command(tiny, None, "reopold", resume=folder, max_steps=3, lr=1e-4, schedule="constant")
     done(run_script(script, *argv, "--resume-anyway"))
-    assert [line["step"] for line in lines(folder, "metrics.jsonl")] == [0, 1, 2, 3] and (folder / "final").exists()
+    after = lines(folder, "metrics.jsonl")
+    assert [line["step"] for line in after] == [0, 1, 2, 3] and (folder / "final").exists()
+    assert after[2]["lr"] != after[3]["lr"] == 1e-4
+
+
+def test_auto_looks_at_the_settings_of_a_run_without_a_checkpoint_too(tiny, tmp_path, run):
+    folder = stopped(run, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "metrics.jsonl").read_text()
+    assert "is a run of reopold.py" in refused(run_script(*command(tiny, folder, "vgs", resume="auto")[:1], *command(tiny, folder, "vgs", resume="auto")[1]))
+    assert (folder / "metrics.jsonl").read_text() == before
+    script, argv = command(tiny, folder, "reopold", resume="auto")
+    assert "it begins anew" in done(run_script(script, *argv))
+    same(folder, run)
 
 
 def test_what_cannot_be_resumed(tiny, tmp_path):
+    assert "holds nothing to resume from" in refused(run_script("vold.py", *command(tiny, None, "vold", resume=tmp_path / "none")[1]))
     for changes, message in ((dict(resume="auto"), "name it"), (dict(resume=tmp_path / "none"), "holds no checkpoint to resume from"),
                              (dict(resume=tmp_path / "none", output=tmp_path / "other"), "--output .*other would have no effect")):
         script, argv = command(tiny, changes.pop("output", None), "reopold", **changes)
