@@ -137,6 +137,12 @@ def test_an_endless_loop_of_calls_ends(processor, tiny_rows):
     assert len(engine.asked) == 4 and len(response.observations) == 3 and not response.finished and response.refused
 
 
+def test_a_conversation_has_at_most_sixteen_images(processor, tiny_rows):
+    again = call("select_frames", target_frames=[1] * 8)
+    (response,), engine, _ = converse(processor, [tiny_rows[0]], [[again] * 3], calls=3)
+    assert len(response.observations) == 1 and response.refused and not response.finished  # 1 + 8, and 8 more would be 17
+
+
 def test_all_tokens_behind_the_prompt_count(processor, tiny_rows):
     """The limit shrinks by what was said and shown; a reply without room for an answer ends the response, as does a call that is cut off."""
     zoom = call(bbox_2d=[0, 0, 1, 1], target_image=1)
