@@ -35,8 +35,8 @@ Where this differs from the paper, or from the code released with it:
  9. beta of the KL estimates KL(p || ref) as in Eq. 3; the released scripts differ among themselves.
 10. lambda is 0.05 for 2B and 8B and 0.5 for 4B, as in the released scripts (the paper: "5e-2, 5e-1").
 11. The hints are not released. --make-hints is hints made by a model of yours, with our wording of the paper's three rules.
-12. DAPO: every rank fills its own share of the batch. Where --draws draws do not, groups without an advantage do. Groups that it drops are not tutored either, as
-    in the released code; its penalty for long responses is left out. An epoch counts steps, not draws.
+12. DAPO: every rank fills its own share of the batch. Where --draws draws do not, groups without an advantage do. Groups that it drops are
+    not tutored either, as in the released code; its penalty for long responses is left out. An epoch counts steps, not draws.
 13. Figure 3's KL is KL(context || question alone), in nats (the paper does not say which way).
 14. The wording of the instruction and of the contexts is ours. Evaluation is greedy (paper: temperature 1: --eval-samples). Trained
     weights are float32, and weight decay spares norms and biases. Images keep the checkpoint's own limits of pixels (the released
