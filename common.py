@@ -117,7 +117,7 @@ CLIPS = dict.fromkeys(("clip_low", "clip_high"), "with --updates 1 the policy is
 TRAINING = ("data", "data_split", "max_steps", "epochs", "lora", "lora_targets", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts",
             "updates", "eval_every", "eval_samples", "save_every", "keep", "resume", "resume_anyway", "log_samples", "tracker")  # what a run that does not train ignores
 HARMLESS = ("output", "plan", "card", "resume", "resume_anyway", "tracker", "log_samples", "save_every", "keep", "eval_data", "eval_split", "eval_every", "eval_rows", "eval_samples",
-            "rollout_batch", "vllm_memory", "replicas", "micro_batch", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
+            "rollout_batch", "tensor_parallel", "vllm_memory", "replicas", "micro_batch", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
 
 
 def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
@@ -401,8 +401,7 @@ class Rows:
                     return f"an image is {image.width} x {image.height} pixels, smaller than a patch ({min_side})"
             if answers and not str(row["answer"] if row["answer"] not in (None, []) else "").strip():
                 return "the answer is empty, and this run needs it for its reward or evaluation"
-            given = row["answer"][0] if answers and isinstance(row["answer"], list) else row.get("answer")
-            if answers and not is_correct(extract_answer(f"\\boxed{{{given}}}"), row["answer"]):
+            if answers and not is_correct(extract_answer(f"\\boxed{{{one_answer(row['answer'])}}}"), row["answer"]):
                 return f"the answer {str(row['answer'])[:60]!r} cannot be written inside \\boxed{{}}: no response would ever be right"
             return complaint(row) if complaint else None
 
@@ -1606,6 +1605,11 @@ def is_correct(prediction: str | None, answer) -> bool:
     return math_verify.verify(math_verify.parse(f"\\boxed{{{gold}}}"), math_verify.parse(f"\\boxed{{{ours}}}"))
 
 
+def one_answer(answer) -> str:
+    """What a model is shown of a row's answer: of several right ones the first."""
+    return str(answer[0] if isinstance(answer, list) else answer)
+
+
 def plain(text: str) -> str:
     r"""Without what stands around an answer: "$\text{Yes}$." -> "Yes"."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text.strip())
@@ -1802,6 +1806,8 @@ class Run:
         if not whole_ones and not auto:
             raise UserError(f"{self.path} holds no checkpoint to resume from (checkpoints/step-N/state); they are written with --save-every")
         if not (self.path / "args.json").exists():
+            if whole_ones:
+                raise UserError(f"{self.path} has checkpoints and no args.json, so nobody knows whose they are: choose another --output")
             return
         before, now = json.loads((self.path / "args.json").read_text()), self.settings()
         if before["file"] != now["file"]:
@@ -1822,12 +1828,11 @@ class Run:
         say(f"{self.method}, preset {self.args.preset}, engine {self.args.engine}: {plan}\n{f'going on after step {step_of(self.state)}, ' if self.state else ''}writing to {self.path}")
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            done = step_of(self.state) if self.state else -1
-            for file in ("metrics.jsonl", "samples.jsonl"):
-                cut_behind(self.path / file, done)
-            for left in [*self.path.glob("**/*.partial"), *(state.parent for state in states_in(self.path) if step_of(state) > done)]:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()  # what a run that was killed, and is now done again, left behind
-            (self.path / "args.json").write_text(json.dumps(self.settings(), indent=2) + "\n")
+            if self.args.resume:
+                self.clear(step_of(self.state) if self.state else -1)
+            aside = self.path / "args.json.partial"
+            aside.write_text(json.dumps(self.settings(), indent=2) + "\n")
+            aside.replace(self.path / "args.json")
             if self.args.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -1836,6 +1841,14 @@ class Run:
                 import wandb
 
                 self.tracker = wandb.init(project="cleanopd", name=str(self.path), dir=str(self.path), config=self.settings())
+
+    def clear(self, done: int) -> None:
+        """Remove what a run that was killed left behind step `done`: lines, and checkpoints that are not whole."""
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            cut_behind(self.path / file, done)
+        torn = [state.parent for state in states_in(self.path) if step_of(state) > done]
+        for folder in (*self.path.glob("checkpoints/step-*.partial"), self.path / "final.partial", *torn):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write(self, file: str, record: dict) -> None:
         """Append one JSON line, at once on disk: a run that is interrupted leaves whole lines."""

@@ -132,7 +132,7 @@ def tutored(row: dict, knows: str, blind: bool = False) -> common.Context | None
         return None
     knowledge = {"question": "", "hint": "\n\nHint: {hint}", "answer": "\n\nThe answer is {answer}.",
                  "solution": "\n\nReference solution: {solution}\nThe answer is {answer}."}[knows]
-    return ask(row, knowledge.format(**{key: str(row[key]).strip() for key in needed}), blind)
+    return ask(row, knowledge.format(**{key: common.one_answer(row[key]).strip() for key in needed}), blind)
 
 
 def contexts(args: Args) -> dict:
@@ -457,6 +457,8 @@ def hint_fault(hint: str, row: dict, finished: bool = True) -> str | None:
 
     answer 47: "Think: 47 remain" -> answer;   solution "40 + 7 = 47": "Think: add 7" -> number;   answer B: "Look at (B)" -> option
     """
+    if isinstance(row["answer"], list):  # each of them is a spoiler
+        return next((fault for one in row["answer"] if (fault := hint_fault(hint, row | {"answer": one}, finished))), None)
     hint = numbered_steps_removed(hint)
     match, said, asked = HINT.fullmatch(hint), words(hint), words(row["problem"])
     if not finished:

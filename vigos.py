@@ -121,12 +121,12 @@ def image_alone(row: dict) -> common.Context:
 
 def privileged(row: dict) -> common.Context:
     """I, x, a*, format: the reasoning teacher and the reference teacher."""
-    return ask(row, f"{row['problem']}\nReference solution: {row['reference']}{FORMAT}")
+    return ask(row, f"{row['problem']}\nReference solution: {common.one_answer(row['reference'])}{FORMAT}")
 
 
 def privileged_slice(row: dict) -> common.Context:
     """The released code's reasoning teacher: no description before its reasoning."""
-    return ask(row, f"{row['problem']}\nReference solution: {row['reference']}{FORMAT_SLICE}", "<think>")
+    return ask(row, f"{row['problem']}\nReference solution: {common.one_answer(row['reference'])}{FORMAT_SLICE}", "<think>")
 
 
 def contexts(args: Args) -> dict:
@@ -352,8 +352,8 @@ def find_wrong(rows: common.Rows, mine: list[int], models: common.Models, args: 
     for i, row, own in zip(mine, picked, sampled):
         kept = {}
         for answer in row["wrong"] or [] if args.column_wrong else [*own, *answers[i + 1 :], *answers[:i]]:
-            text = "" if answer is None else str(answer).strip()
-            if len(kept) < args.wrong_answers and text and not common.is_correct(text, str(row["answer"])):
+            text = "" if answer in (None, []) else common.one_answer(answer).strip()
+            if len(kept) < args.wrong_answers and text and not common.is_correct(text, row["answer"]):
                 kept.setdefault(common.plain(text), text)
         found.append(list(kept.values()))
     return found

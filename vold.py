@@ -378,7 +378,7 @@ def read_traces(folder: Path, processor: common.Processor, args: Args) -> list[d
     if written_for != args.instruction:
         raise common.UserError(f"{folder} was written for another --instruction ({written_for!r}): stage 1 has to show the same")
     ended = [r for r in records if r["finished"]]
-    kept = [r for r in ended if not args.right_traces_only or common.is_correct(common.extract_answer(r["response"]), str(r["answer"]))]
+    kept = [r for r in ended if not args.right_traces_only or common.is_correct(common.extract_answer(r["response"]), r["answer"])]
     say = f"{len(records)} traces, {len(records) - len(ended)} reached --max-response, {len(ended) - len(kept)} left out as wrong"
     if not kept:
         raise common.UserError(f"{folder}: {say}: nothing is left to learn from. Raise --max-response, or look at the traces")

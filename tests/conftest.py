@@ -99,7 +99,7 @@ def run_here(script: str, *argv) -> subprocess.CompletedProcess:
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         err.write("" if isinstance(e.code, int) or e.code is None else f"{e.code}\n")
-    except Exception:
+    except Exception:  # as the interpreter would: print it and exit with 1
         code = 1
         err.write(traceback.format_exc())
     finally:

@@ -237,6 +237,14 @@ def fault(last: str, problem: str, answer: str, solution: str = "") -> str | Non
     return ptdpo.hint_fault(f"{GOOD} {last}", {"problem": problem, "answer": answer, "solution": solution})
 
 
+def test_each_of_several_right_answers_is_a_spoiler_and_the_first_is_shown():
+    answers = ["a cone", "a cube"]
+    assert fault("It is a cube.", "What is it?", answers) == fault("It is a cone.", "What is it?", answers) == "answer"
+    assert fault("It is a ball.", "What is it?", answers) is None
+    shown = ptdpo.tutored({"problem": "What is it?", "images": [], "answer": answers}, "answer").messages[-1]["content"][0]["text"]
+    assert "The answer is a cone." in shown and "cube" not in shown
+
+
 def test_a_planted_option_is_rejected():
     problem = "Which is it? (A) a red ball (B) a blue cone (C) a cube\nAnswer with the letter."
     for answer in ("B", "(B)", "\\boxed{B}", "B. a blue cone"):
