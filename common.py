@@ -89,7 +89,7 @@ class Args:
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # learning rate after the warm-up
     warmup: int = 0  # updates with a linearly rising learning rate
     grad_clip: float = 1.0  # largest norm of the gradient
-    micro_batch: int = 8  # sequences a rank puts through the student at once
+    micro_tokens: int = 8192  # tokens, padding and all contexts included, that a rank puts through the student at once; a longer sequence goes by itself
     loss_chunk: int = 256  # response tokens whose logits exist at the same time
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the forward and backward passes; the trained weights are float32
     freeze_vision: bool = False  # keep the vision tower as it is
@@ -117,7 +117,7 @@ CLIPS = dict.fromkeys(("clip_low", "clip_high"), "with --updates 1 the policy is
 TRAINING = ("data", "data_split", "max_steps", "epochs", "lora", "lora_targets", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts",
             "updates", "eval_every", "eval_samples", "save_every", "keep", "resume", "resume_anyway", "log_samples", "tracker")  # what a run that does not train ignores
 HARMLESS = ("output", "plan", "card", "resume", "resume_anyway", "tracker", "log_samples", "save_every", "keep", "eval_data", "eval_split", "eval_every", "eval_rows", "eval_samples",
-            "rollout_batch", "tensor_parallel", "vllm_memory", "replicas", "micro_batch", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
+            "rollout_batch", "tensor_parallel", "vllm_memory", "replicas", "micro_tokens", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
 
 
 def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
@@ -135,7 +135,7 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
         raise UserError(f"there is no preset {preset!r}; choose one of: {', '.join(presets)}")
     default = cls(**presets[preset] | {"preset": preset})
     args = tyro.cli(cls, args=argv, default=default, description=f"Settings shown are those of the preset {preset!r}.")
-    for name in ("prompts", "group", "updates", "rollout_batch", "max_prompt", "max_response", "micro_batch", "loss_chunk", "tensor_parallel", "replicas", "keep"):
+    for name in ("prompts", "group", "updates", "rollout_batch", "max_prompt", "max_response", "micro_tokens", "loss_chunk", "tensor_parallel", "replicas", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for name, low, high in (("temperature", 1e-6, 100), ("top_p", 1e-6, 1), ("lr", 0, 10), ("grad_clip", 1e-12, math.inf)):
@@ -216,7 +216,7 @@ def launch(main) -> None:
         raise UserError("interrupted outside of training") from None
     except torch.OutOfMemoryError as e:
         raise UserError(f"rank {rank()} is out of GPU memory ({str(e).splitlines()[0]}). The same command with --plan {world_size()} shows where it goes; "
-                        "lower --micro-batch or --vllm-memory, set --gradient-checkpointing, or use more GPUs") from None
+                        "lower --micro-tokens or --vllm-memory, set --gradient-checkpointing, or use more GPUs") from None
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -594,6 +594,7 @@ class Processor:
         """
         sequences, places = zip(*map(transcript, prompts, responses, observations or [()] * len(prompts)))
         batch = self.pad(sequences)
+        del batch["attention_mask"]  # padding on the right is behind everything that counts; and without a mask attention takes its fast causal path
         batch["rows"] = torch.tensor([b for b, at in enumerate(places) for _ in at], dtype=torch.long)
         batch["cols"] = torch.tensor([place - 1 for at in places for place in at], dtype=torch.long)
         return batch
@@ -871,7 +872,7 @@ def plan_memory(args: Args, teacher: str | None, contexts: int, kept: int) -> di
     shards, narrow = max(args.plan // args.replicas, 1), 2 if args.dtype == "bfloat16" else 4
     s = sizes_of(args.student, args)
     responses = args.prompts * args.group / args.plan
-    tokens = args.micro_batch * contexts * (args.max_prompt + args.max_response)
+    tokens = max(args.micro_tokens, contexts * (args.max_prompt + args.max_response))
     need = {
         "student, float32, sharded": (4 * s.parameters / shards,) * 2,
         "optimizer, sharded": (8 * s.trained / shards,) * 2,
@@ -903,13 +904,13 @@ def print_plan(args: Args, teacher: str | None, contexts: int, kept: int = 0) ->
         say(f"{name:44}{sampling / 2**30:10.2f}{training / 2**30:10.2f}")
     totals = [sum(column) / 2**30 for column in zip(*need.values())]
     say(f"{'together':44}{totals[0]:10.2f}{totals[1]:10.2f}")
-    responses = args.prompts * args.group
+    responses, together = args.prompts * args.group, max(1, args.micro_tokens // (contexts * (args.max_prompt + args.max_response)))
     say(f"a step: {responses} responses, up to {responses * args.max_response:,} tokens, in {args.updates} updates; "
-        f"{-(-responses // (args.updates * args.plan * args.micro_batch))} micro-batches a GPU and update")
+        f"at most {-(-responses // (args.updates * args.plan * together))} micro-batches a GPU and update")
     # What an estimate like this leaves out (kernels' workspace, fragmentation, the vision tower's activations) is taken as a tenth.
     fits = 1.1 * max(totals) <= args.card
     say(f"with a tenth to spare it {'fits' if fits else 'does not fit'} into {args.card:g} GiB" + ("" if fits else
-        ": lower --micro-batch, --loss-chunk or --vllm-memory, set --gradient-checkpointing or --lora, or use more GPUs"))
+        ": lower --micro-tokens, --loss-chunk or --vllm-memory, set --gradient-checkpointing or --lora, or use more GPUs"))
 
 
 # ====================================================================================================== rollouts
@@ -1364,14 +1365,15 @@ class Micro:
         return list(hidden.split(n)) if n else [hidden] * self.contexts
 
 
-def make_micros(kind, samples: list[Sample], contexts: list[str], processor: Processor, size: int, first=None, images: bool = True) -> list:
-    """Samples in micro-batches (`kind`: Micro or a subclass), each sequence once a context.
+def make_micros(kind, samples: list[Sample], contexts: list[str], processor: Processor, limit: int, first=None, images: bool = True) -> list:
+    """Samples in micro-batches (`kind`: Micro or a subclass) of at most `limit` tokens, each sequence once a context.
 
     images: whether the contexts show any. first: fn(sample) -> whether its tokens come before those of the other samples of its micro-batch.
     """
     micros = []
-    tokens = [len(s.prompts[contexts[0]].ids) + len(s.response.ids) + sum(len(o.prompt.ids) for o in s.response.observations) for s in samples]
-    for picked in micro_batches(tokens, size):
+    lengths = [max(len(s.prompts[name].ids) for name in contexts) + len(s.response.ids) + sum(len(o.prompt.ids) for o in s.response.observations)
+               for s in samples]
+    for picked in micro_batches(lengths, limit // len(contexts)):
         part = sorted((samples[i] for i in picked), key=lambda s: not first(s)) if first else [samples[i] for i in picked]
         responses, views = [s.response.ids for s in part], [[s.prompts[name] for s in part] for name in contexts]
         seen = [s.response.observations for s in part]
@@ -1400,14 +1402,18 @@ def sampler_gap(micros: list[Micro], log_p: Tensor) -> Tensor:
     return (torch.where(old.isnan(), log_p, old) - torch.cat([m.sampled for m in micros])).abs()
 
 
-def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Sequence numbers in groups of `size`, of similar length so that little is padded.
+def micro_batches(lengths: list[int], limit: int) -> list[list[int]]:
+    """Sequence numbers in groups of at most `limit` tokens when padded to the longest, or of one sequence; of similar length, so that little is.
 
     Every rank gets equally many groups, as each forward and backward pass is a joint one: a rank with fewer gets empty ones.
-    lengths [5, 9, 4], size 2 -> [[2, 0], [1]], and with another rank that has five sequences -> [[2, 0], [1], []]
+    lengths [5, 9, 4], limit 10 -> [[2, 0], [1]], and with another rank that has three groups -> [[2, 0], [1], []]
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= limit:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
     return groups + [[]] * (max(all_gather_object(len(groups))) - len(groups))
 
 

@@ -58,10 +58,10 @@ from kernels import topk_tail_divergence
 
 # ====================================================================================================== settings
 HUB = dict(data="PAPOGalaxy/PAPO_ViRL39K_train", eval_data="", epochs=2, prompts=384, updates=3, group=8, top_p=0.99, max_prompt=8192,
-           max_response=4096, lr=1e-6, micro_batch=1, gradient_checkpointing=True, save_every=50)  # Table 3
+           max_response=4096, lr=1e-6, micro_tokens=16384, gradient_checkpointing=True, save_every=50)  # Table 3
 PRESETS = {
     "toy": dict(student="toy/student", data="toy/train", eval_data="toy/test", prompts=32, group=8, max_steps=200, lambda_ptd=0.5, lr=1e-3,
-                warmup=5, schedule="linear", dtype="float32", micro_batch=64, rollout_batch=256, eval_every=25, eval_rows=400),
+                warmup=5, schedule="linear", dtype="float32", rollout_batch=256, eval_every=25, eval_rows=400),
     "2b": dict(student="Qwen/Qwen3-VL-2B-Thinking", **HUB),
     "4b": dict(student="Qwen/Qwen3-VL-4B-Thinking", lambda_ptd=0.5, **HUB),
     "8b": dict(student="Qwen/Qwen3-VL-8B-Thinking", **HUB | dict(max_prompt=4096)),
@@ -102,7 +102,7 @@ class Args(common.Args):
 DATA = ("preset", "output", "seed", "engine", "dtype", "rollout_batch", "max_response", "temperature", "skip_bad_rows", "column_problem",
         "column_images", "column_answer", "column_hint", "column_solution")
 READ_BY_HINTS = (*DATA, "make_hints", "hint_model", "hint_endpoint", "hint_attempts", "data", "data_split")
-READ_BY_ANALYSIS = (*DATA, "analyze", "student", "eval_data", "eval_split", "eval_rows", "group", "blind_tutor", "top_p", "top_k", "micro_batch",
+READ_BY_ANALYSIS = (*DATA, "analyze", "student", "eval_data", "eval_split", "eval_rows", "group", "blind_tutor", "top_p", "top_k", "micro_tokens",
                     "loss_chunk", "max_prompt")
 
 
@@ -225,7 +225,7 @@ class Micro(common.Micro):
 
 def score(samples: list[Sample], models: common.Models, args: Args) -> list[Micro]:
     """The frozen model reads every response once, and the failed ones a second time as the tutor. Hidden states, never logits."""
-    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_batch, first=lambda s: s.tutored)
+    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_tokens, first=lambda s: s.tutored)
     for m in micros:
 
         def log_probs(hidden, head):
@@ -344,7 +344,7 @@ def analyze(models: common.Models, rows: common.Rows, args: Args, run: common.Ru
         answers[name] = common.sample_responses(models.engine, mine, seen, args)
         common.reward_answers(answers[name], args.group)
     sums = torch.zeros(2 * len(KNOWLEDGE) + 1, device=common.device())
-    for m in common.make_micros(Micro, answers["question"], list(KNOWLEDGE), models.processor, args.micro_batch):
+    for m in common.make_micros(Micro, answers["question"], list(KNOWLEDGE), models.processor, args.micro_tokens):
         with torch.no_grad():
             pairs = [(hidden, models.head) for hidden in m.by_context(models.teacher(m.batch))]
         sums[:-1] += common.vocab_terms(shifts, pairs, [m.ids], models.vocab, args.loss_chunk).sum(-1)

@@ -55,7 +55,7 @@ import common
 from kernels import topk_tail_divergence
 
 # ====================================================================================================== settings
-HUB = dict(prompts=128, group=8, lr=1e-6, micro_batch=1, gradient_checkpointing=True)
+HUB = dict(prompts=128, group=8, lr=1e-6, micro_tokens=16384, gradient_checkpointing=True)
 VISUAL = dict(teacher="Qwen/Qwen2.5-VL-32B-Instruct", data="xyliu6/geometry3k", updates=2, max_prompt=2048, max_response=2048, max_steps=60,
               freeze_vision=True, save_every=20, **HUB)
 MATH = dict(data="Elliott/Openr1-Math-46k-8192", column_problem="prompt", updates=4, max_prompt=2048, max_response=8192, max_steps=300, save_every=50, **HUB)
@@ -63,12 +63,12 @@ AGENTIC = dict(teacher="TIGER-Lab/PixelReasoner-RL-v1", data="TIGER-Lab/PixelRea
                calls=2, updates=2, max_prompt=8192, max_response=8192, max_steps=40, warmup=10, skip_bad_rows=True, freeze_vision=True, save_every=20, **HUB)
 PRESETS = {
     "toy": dict(student="toy/student", teacher="toy/teacher", data="toy/train", eval_data="toy/test", prompts=64, updates=2, max_steps=150, lr=1e-3,
-                warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400),
+                warmup=10, schedule="linear", dtype="float32", eval_every=25, eval_rows=400),
     "toy-math": dict(student="toy/math/student", teacher="toy/math/teacher", data="toy/math/train", eval_data="toy/math/test", prompts=64, group=4,
-                     updates=2, rollout_batch=256, max_steps=100, lr=1e-3, warmup=10, schedule="linear", dtype="float32", micro_batch=128,
+                     updates=2, rollout_batch=256, max_steps=100, lr=1e-3, warmup=10, schedule="linear", dtype="float32",
                      eval_every=25, eval_rows=400),
     "toy-agentic": dict(student="toy/zoom/student", teacher="toy/zoom/teacher", data="toy/zoom/train", eval_data="toy/zoom/test", calls=2, prompts=64,
-                        updates=2, max_response=192, max_steps=120, lr=5e-4, warmup=10, schedule="linear", dtype="float32", micro_batch=32,
+                        updates=2, max_response=192, max_steps=120, lr=5e-4, warmup=10, schedule="linear", dtype="float32",
                         eval_every=25, eval_rows=200),
     "visual-3b": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", **VISUAL),
     "visual-7b": dict(student="Qwen/Qwen2.5-VL-7B-Instruct", **VISUAL),
@@ -183,7 +183,7 @@ class Micro(common.Micro):
 
 def score(samples: list[common.Sample], models: common.Models, args: Args) -> list[Micro]:
     """The teacher reads every response once: its log-probs are kept, or its hidden states where its whole distribution is needed."""
-    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_batch, images=models.processor.image_id is not None)
+    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_tokens, images=models.processor.image_id is not None)
     for m in micros:
         m.log_q = torch.zeros_like(m.old)
         if models.teacher is not None:

@@ -56,11 +56,11 @@ from torch import Tensor
 import common
 
 # ====================================================================================================== settings
-HUB = dict(data="LMMs-Lab-Turtle/Vision-SR1-47K", prompts=128, group=4, max_prompt=16384, max_response=2048, lr=1e-6, micro_batch=1,
+HUB = dict(data="LMMs-Lab-Turtle/Vision-SR1-47K", prompts=128, group=4, max_prompt=16384, max_response=2048, lr=1e-6, micro_tokens=16384,
            gradient_checkpointing=True, save_every=50)  # Table 4
 PRESETS = {
     "toy": dict(student="toy/student", teacher="toy/teacher", data="toy/train", eval_data="toy/test", max_steps=150, lambda_lp=0.3,
-                lr=1e-3, warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400),
+                lr=1e-3, warmup=10, schedule="linear", dtype="float32", eval_every=25, eval_rows=400),
     "2b": dict(student="Qwen/Qwen3-VL-2B-Instruct", teacher="runs/teacher/final", eta=0.41, **HUB),
     "4b": dict(student="Qwen/Qwen3-VL-4B-Instruct", teacher="runs/teacher/final", eta=0.36, **HUB),
     "teacher": HUB | dict(student="Qwen/Qwen3-VL-8B-Instruct", method="grpo", output="runs/teacher", epochs=2, prompts=512, group=8,
@@ -175,7 +175,7 @@ class Micro(common.Micro):
 
 def score(samples: list[common.Sample], models: common.Models, args: Args) -> list[Micro]:
     """The teacher reads every sequence once, and with several updates the student too. Hidden states are kept, never logits."""
-    micros = common.make_micros(Micro, samples, list(contexts(args)), models.processor, args.micro_batch)
+    micros = common.make_micros(Micro, samples, list(contexts(args)), models.processor, args.micro_tokens)
     for m in micros:
         with torch.no_grad():
             if models.teacher is not None:

@@ -62,10 +62,10 @@ from kernels import topk_tail_divergence
 
 # ====================================================================================================== settings
 HUB = dict(data="LMMs-Lab-Turtle/Vision-SR1-47K", prompts=32, temperature=1.1, top_p=0.95, top_k=20, max_prompt=32768, max_response=4096,
-           lr=5e-6, schedule="linear", grad_clip=0.1, lora=64, micro_batch=1, gradient_checkpointing=True, save_every=500)
+           lr=5e-6, schedule="linear", grad_clip=0.1, lora=64, micro_tokens=16384, gradient_checkpointing=True, save_every=500)
 PRESETS = {
     "toy": dict(student="toy/captions/student", data="toy/captions/train", eval_data="toy/captions/test", conflict_data="toy/captions/conflict",
-                prompts=64, max_steps=150, lr=3e-4, warmup=10, schedule="linear", dtype="float32", micro_batch=32, eval_every=25, eval_rows=400, clip=5.0),
+                prompts=64, max_steps=150, lr=3e-4, warmup=10, schedule="linear", dtype="float32", eval_every=25, eval_rows=400, clip=5.0),
     "3b": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", **HUB),
     "7b": dict(student="Qwen/Qwen2.5-VL-7B-Instruct", **HUB),
     "opsd": dict(student="Qwen/Qwen2.5-VL-3B-Instruct", method="opsd", **HUB),
@@ -96,7 +96,7 @@ class Args(common.Args):
 
 READ_BY_PALR = ("palr", "wrong_answers", "column_wrong", "wrong_samples", "column_reference", "preset", "student", "teacher", "eval_data", "eval_split", "eval_rows",
                 "column_problem", "column_images", "column_answer", "skip_bad_rows", "engine", "rollout_batch", "temperature", "top_p", "top_k", "max_prompt",
-                "max_response", "micro_batch", "loss_chunk", "dtype", "output", "seed")
+                "max_response", "micro_tokens", "loss_chunk", "dtype", "output", "seed")
 
 
 # ====================================================================================================== contexts
@@ -250,7 +250,7 @@ def marked(sample: Sample, args: Args) -> dict[str, list[int]]:
 
 def score(samples: list[Sample], models: common.Models, args: Args) -> list[Micro]:
     """The frozen model reads every response as each of the teachers that mark a part of it. Hidden states are kept, never logits."""
-    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_batch)
+    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_tokens)
     for m in micros:
         prompts, responses, to, places = [], [], [], []  # one job a teacher and response; where its hidden states go
         m.part, start, row = torch.full((len(m.ids),), -1, device=m.ids.device), 0, 0
@@ -369,7 +369,7 @@ def palr_views(rows: common.Rows, i: int, wrong: list[str]) -> dict:
 
 def read(name: str, samples: list[Sample], models: common.Models, args: Args) -> None:
     """Note the log-probs of the samples' tokens in this context: the student's in "question", in all others the initial model's."""
-    for m in common.make_micros(Micro, samples, [name], models.processor, args.micro_batch):
+    for m in common.make_micros(Micro, samples, [name], models.processor, args.micro_tokens):
         with torch.no_grad():
             if name == "question":
                 found = models.student(m.batch, lambda hidden, head: common.response_log_probs(hidden, head, m.ids, models.vocab, args.loss_chunk))

@@ -58,12 +58,12 @@ import common
 # ====================================================================================================== settings
 HUB = dict(student="Qwen/Qwen2.5-VL-3B-Instruct", teacher="Qwen/Qwen3-8B", trace_data="open-r1/Mixture-of-Thoughts:all", trace_column="messages",
            data="axon-rl/ORZ-57k", skip_bad_rows=True, prompts=256, group=5, rollout_batch=16, max_steps=60, max_prompt=2048, max_response=8192,
-           lr=6e-6, warmup=5, schedule="cosine", micro_batch=1, gradient_checkpointing=True, save_every=20)  # Table 4
+           lr=6e-6, warmup=5, schedule="cosine", micro_tokens=16384, gradient_checkpointing=True, save_every=20)  # Table 4
 PRESETS = {
     "toy": dict(student="toy/student", teacher="toy/text-teacher", data="toy/train", column_text="text_problem", trace_data="toy/train",
                 trace_column="text_problem", ignore_images=True, eval_data="toy/test", trace_rows=2000, sft_steps=200, sft_batch=64, sft_lr=5e-5,
                 sft_warmup=10, prompts=32, group=8, max_steps=60, lr=5e-5, warmup=5, schedule="cosine", beta=0.1, measure_share=20,
-                dtype="float32", micro_batch=64, rollout_batch=256, eval_every=20, eval_rows=400,
+                dtype="float32", rollout_batch=256, eval_every=20, eval_rows=400,
                 instruction="Think first, inside <reason></reason>. Then put the final answer in \\boxed{}."),
     "3b": HUB,
     "3b-teacher4b": HUB | dict(teacher="Qwen/Qwen3-4B"),
@@ -245,7 +245,7 @@ class Micro(common.Micro):
 
 def score(samples: list[Sample], models: common.Models, reader: Reader | None, args: Args) -> list[Micro]:
     """The teacher reads every response once. Of its distributions only the log-prob of the sampled token is kept."""
-    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_batch, images=False)
+    micros = common.make_micros(Micro, samples, ["question"], models.processor, args.micro_tokens, images=False)
     for m in micros:
 
         def log_probs(hidden, head):
@@ -412,7 +412,7 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, r
                 ids = processor.tokenizer(trace["response"], add_special_tokens=False)["input_ids"] + [end]
                 response = common.Response(ids, [0.0] * len(ids), True, trace["response"])
                 samples.append(common.Sample(trace, {"question": processor.encode(question(trace, args))}, response))
-            micros = common.make_micros(common.Micro, samples, ["question"], processor, args.micro_batch, images=False)
+            micros = common.make_micros(common.Micro, samples, ["question"], processor, args.micro_tokens, images=False)
             tokens = common.all_sum(torch.tensor(float(sum(len(m.ids) for m in micros)), device=common.device()))
             for m in micros:
                 m.weights = torch.stack([torch.ones_like(m.length) / tokens, torch.zeros_like(m.length)])
@@ -480,7 +480,7 @@ def check_settings(args: Args, given: set[str]) -> None:
         if args.stage not in stages:
             ignored |= dict.fromkeys(names, f"--stage {args.stage} has no use for it")
     if args.stage == "traces":
-        ignored |= dict.fromkeys({*common.TRAINING, "eval_data", "eval_split", "eval_rows", "student", "micro_batch", "gradient_checkpointing", "loss_chunk"},
+        ignored |= dict.fromkeys({*common.TRAINING, "eval_data", "eval_split", "eval_rows", "student", "micro_tokens", "gradient_checkpointing", "loss_chunk"},
                                  "--stage traces does not train")
     if args.stage == "sft":
         ignored |= dict.fromkeys(("teacher", "temperature", "top_p", "top_k", "log_samples"), "--stage sft samples nothing and has no teacher")

@@ -68,7 +68,7 @@ def tiny_rows(tiny) -> common.Rows:
 def flags(tiny: Path, output: Path | None = None, **changes) -> list[str]:
     """A short run on the tiny models; changes override or add flags (None removes one)."""
     values = dict(preset="toy", student=tiny / "student", teacher=tiny / "teacher", data=tiny / "rows.parquet", eval_data=tiny / "rows.parquet",
-                  eval_split="train", prompts=4, max_steps=2, max_response=12, micro_batch=3, eval_rows=4, eval_every=0, output=output) | changes
+                  eval_split="train", prompts=4, max_steps=2, max_response=12, micro_tokens=300, eval_rows=4, eval_every=0, output=output) | changes
     return [part for key, value in values.items() if value is not None for part in (f"--{key.replace('_', '-')}", str(value))]
 
 

@@ -5,11 +5,12 @@ import json
 import pytest
 from conftest import distance, flags, layout_gradients, run_script
 
-WHOLE = 100_000  # a chunk that holds every token
+WHOLE = 100_000  # a chunk that holds every token, a micro-batch that holds every sequence
+SOME = 500  # tokens of a micro-batch: one to five sequences
 MIXED = ("vgs", {"method": "vgs-lp", "alpha": 0.3})
-ONE = [([8], micro, chunk, *MIXED) for micro, chunk in ((8, WHOLE), (1, WHOLE), (3, WHOLE), (8, 1), (8, 7), (1, 7))]
+ONE = [([8], micro, chunk, *MIXED) for micro, chunk in ((WHOLE, WHOLE), (1, WHOLE), (SOME, WHOLE), (WHOLE, 1), (WHOLE, 7), (1, 7))]
 TWO = [(shares, micro, chunk, *MIXED)
-       for shares, micro, chunk in (([4, 4], 8, WHOLE), ([5, 3], 3, 7), ([7, 1], 3, WHOLE), ([8, 0], 3, 7), ([0, 8], 8, 1))]
+       for shares, micro, chunk in (([4, 4], WHOLE, WHOLE), ([5, 3], SOME, 7), ([7, 1], SOME, WHOLE), ([8, 0], SOME, 7), ([0, 8], WHOLE, 1))]
 # one context instead of two; two percentiles, and eta measured on both ranks; a tutor for some of the tokens, ratios of whole responses
 OTHER = [("vgs", {"method": "standard"}), ("vgs", {"method": "adaptive"}), ("ptdpo", {"lambda_ptd": 0.5, "kl": 0.1}),
          ("ptdpo", {"lambda_ptd": 0.5, "optimizer": "gspo", "updates": 2}),
@@ -19,13 +20,13 @@ OTHER = [("vgs", {"method": "standard"}), ("vgs", {"method": "adaptive"}), ("ptd
          ("reopold", {"progress": 0.9, "updates": 2}), ("reopold", {"updates": 2, "calls": 2}), ("reopold", {"method": "gkd-top"})]
 
 
-COPIES = ([5, 3], 3, 7, "vgs", MIXED[1] | {"replicas": 2})  # a whole model on each rank
+COPIES = ([5, 3], SOME, 7, "vgs", MIXED[1] | {"replicas": 2})  # a whole model on each rank
 
 
 @pytest.fixture(scope="module")
 def gradients(tiny, tmp_path_factory):
     """By layout: one process for all layouts of one rank, one torchrun for all layouts of two."""
-    one, two = ONE + [([8], 3, 7, *other) for other in OTHER], TWO + [COPIES] + [([8, 0], 3, 7, *other) for other in OTHER]
+    one, two = ONE + [([8], SOME, 7, *other) for other in OTHER], TWO + [COPIES] + [([8, 0], SOME, 7, *other) for other in OTHER]
     found = {}
     for layouts in (one, two):
         results = layout_gradients(tiny, tmp_path_factory.mktemp("gradients"), layouts)
@@ -43,7 +44,7 @@ def test_gradients_do_not_depend_on_the_layout(gradients, layout):
 
 @pytest.mark.parametrize("other", OTHER, ids=str)
 def test_the_other_shapes_of_batch_too(gradients, other):
-    one, two = gradients[str(([8], 3, 7, *other))], gradients[str(([8, 0], 3, 7, *other))]
+    one, two = gradients[str(([8], SOME, 7, *other))], gradients[str(([8, 0], SOME, 7, *other))]
     assert distance(two["gradient"], one["gradient"]) < 1e-6
     if other[0] == "ptdpo":
         assert two["tutored"] == one["tutored"] > 0  # |F|
@@ -58,7 +59,7 @@ def test_the_other_shapes_of_batch_too(gradients, other):
 
 def test_two_machines_have_the_gradient_of_one(gradients, tiny, tmp_path):
     """Two torchrun agents that meet on a port of localhost, with one rank each."""
-    (found,) = layout_gradients(tiny, tmp_path, [([5, 3], 3, 7, *MIXED)], machines=2)
+    (found,) = layout_gradients(tiny, tmp_path, [([5, 3], SOME, 7, *MIXED)], machines=2)
     assert distance(found["gradient"], gradients[str(ONE[0])]["gradient"]) < 1e-6
 
 

@@ -24,17 +24,17 @@ def models(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("settings", [
-    {"method": "vgs", "prompts": 16, "micro_batch": 8},
-    pytest.param({"method": "standard", "prompts": 16, "micro_batch": 8, "gradient_checkpointing": True}, marks=pytest.mark.slow),
-    pytest.param({"method": "standard", "prompts": 4, "micro_batch": 4}, marks=pytest.mark.slow),
-    pytest.param({"method": "standard", "prompts": 16, "micro_batch": 16, "lora": 8}, marks=pytest.mark.slow),
+    {"method": "vgs", "prompts": 16, "micro_tokens": 4000},
+    pytest.param({"method": "standard", "prompts": 16, "micro_tokens": 2000, "gradient_checkpointing": True}, marks=pytest.mark.slow),
+    pytest.param({"method": "standard", "prompts": 4, "micro_tokens": 1000}, marks=pytest.mark.slow),
+    pytest.param({"method": "standard", "prompts": 16, "micro_tokens": 4000, "lora": 8}, marks=pytest.mark.slow),
 ], ids=["two contexts", "checkpointing", "small", "LoRA"])
 def test_the_plan_is_near_the_measured_peak(models, settings):
     result = run_script("tests/peak.py", models, json.dumps(settings))
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     # On a CPU attention under a mask keeps its scores and probabilities: 2 x 16 heads x 250 positions a token and layer.
-    tokens = settings["micro_batch"] * (2 if settings["method"] == "vgs" else 1) * 250
+    tokens = settings["micro_tokens"]
     attention = 4 * tokens * 2 * 16 * 250 * (1 if settings.get("gradient_checkpointing") else 4)
     assert 0.75 < (found["planned"] + attention) / found["measured"] < 1.35, found
     assert found["parameters"][0] >= found["parameters"][1]  # adapters are not in the config
@@ -46,7 +46,7 @@ def test_it_needs_configs_alone(models, tmp_path):
         (tmp_path / name / "config.json").write_text((models / name / "config.json").read_text())
     result = run_script("vgs.py", "--preset", "toy", "--student", tmp_path / "student", "--teacher", tmp_path / "teacher", "--plan", "8", "--card", "0.5")
     assert result.returncode == 0, result.stderr
-    assert "GiB on each of 8 GPUs" in result.stdout and "does not fit into 0.5 GiB: lower --micro-batch" in result.stdout
+    assert "GiB on each of 8 GPUs" in result.stdout and "does not fit into 0.5 GiB: lower --micro-tokens" in result.stdout
 
 
 @pytest.mark.parametrize("message, argv", [("so many ranks cannot share", ["--plan", "7"]), ("--card would have no effect", ["--card", "40"])])

@@ -140,7 +140,7 @@ def test_normalisers_are_those_of_the_whole_update(tiny, tiny_rows):
         prompts = {name: processor.encode(context(tiny_rows[i] | {"reference": "7"})) for name, context in vigos.contexts(vigos.Args()).items()}
         samples.append(vigos.Sample(tiny_rows[i], prompts, common.Response(list(range(n)), [0.0] * n, True), spans=found))
     models = common.Models(processor, *[None] * 4, processor.vocab, common.Model(str(tiny / "student"), torch.float32))
-    args = vigos.Args(micro_batch=2)
+    args = vigos.Args(micro_tokens=350)
     micros = vigos.score(samples, models, args)
     vigos.weigh(micros, args)
     part, weights = torch.cat([m.part for m in micros]), torch.cat([m.weights for m in micros], dim=-1)
@@ -311,7 +311,7 @@ def test_leakage_against_float64(tiny, parrot, tmp_path):
         expected = [100 * a / both for a, both in (*parts, [sum(x) for x in zip(*parts)])]
         assert list(found["palr"][method].values()) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
-    result, two = palr_run(tiny, tmp_path / "moved", tmp_path / "two", torchrun=2, micro_batch=5, **settings)
+    result, two = palr_run(tiny, tmp_path / "moved", tmp_path / "two", torchrun=2, micro_tokens=400, **settings)
     assert two["used"] == found["used"] and two["palr"]["opsd"] == pytest.approx(found["palr"]["opsd"], rel=1e-3)
 
 

@@ -167,7 +167,7 @@ def test_all_stages(tiny, tmp_path, ranks):
 
 def test_traces_go_on_where_they_stopped_and_broken_ones_are_named(tiny, tmp_path):
     argv = arguments(tiny, tmp_path / "run", stage="traces", **dict.fromkeys(
-        ("max_steps", "prompts", "group", "eval_data", "eval_split", "eval_rows", "eval_every", "data", "student", "micro_batch", "sft_steps", "sft_batch",
+        ("max_steps", "prompts", "group", "eval_data", "eval_split", "eval_rows", "eval_every", "data", "student", "micro_tokens", "sft_steps", "sft_batch",
          "measure_share", "column_text")))  # fmt: skip
     result = run_script(*argv)
     assert result.returncode == 0, result.stderr
