@@ -95,6 +95,7 @@ class Args:
     freeze_vision: bool = False  # keep the vision tower as it is
     lora: int = 0  # rank of LoRA adapters, whose scale is 2 and which alone are trained; 0 = all weights are
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # linear layers that get an adapter, by the end of their name
+    timeout: float = 30.0  # minutes that ranks wait for each other before the run stops; longer than the longest rollout of one of them
     replicas: int = 1  # copies of the sharded models, as one a machine: sharded within a copy, gradients averaged over all; 1 = sharded over all ranks
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, about a third more time
 
@@ -117,7 +118,7 @@ CLIPS = dict.fromkeys(("clip_low", "clip_high"), "with --updates 1 the policy is
 TRAINING = ("data", "data_split", "max_steps", "epochs", "lora", "lora_targets", "lr", "schedule", "warmup", "weight_decay", "grad_clip", "prompts",
             "updates", "eval_every", "eval_samples", "save_every", "keep", "resume", "resume_anyway", "log_samples", "tracker")  # what a run that does not train ignores
 HARMLESS = ("output", "plan", "card", "resume", "resume_anyway", "tracker", "log_samples", "save_every", "keep", "eval_data", "eval_split", "eval_every", "eval_rows", "eval_samples",
-            "rollout_batch", "tensor_parallel", "vllm_memory", "replicas", "micro_tokens", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
+            "rollout_batch", "tensor_parallel", "vllm_memory", "timeout", "replicas", "micro_tokens", "loss_chunk", "gradient_checkpointing")  # what a resumed run may change: it learns the same
 
 
 def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
@@ -202,21 +203,30 @@ def start_distributed(args: Args) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=args.timeout))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(args.seed + rank())
 
 
 def launch(main) -> None:
-    """Run a method's main(): Ctrl-C ends it without a traceback, and the ranks part only when all have finished."""
+    """Run a method's main(). What ends it for reasons outside of it is said without a traceback; the ranks part only when all have finished."""
     try:
         main()
     except KeyboardInterrupt:
         raise UserError("interrupted outside of training") from None
     except torch.OutOfMemoryError as e:
-        raise UserError(f"rank {rank()} is out of GPU memory ({str(e).splitlines()[0]}). The same command with --plan {world_size()} shows where it goes; "
-                        "lower --micro-tokens or --vllm-memory, set --gradient-checkpointing, or use more GPUs") from None
+        if rank() == 0:  # where it goes, by the table of --plan
+            card = torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 80
+            sys.argv += ["--plan", str(world_size()), "--card", f"{card:.0f}"]
+            main()
+        raise UserError(f"rank {rank()} is out of GPU memory ({str(e).splitlines()[0]}). Lower --micro-tokens or --vllm-memory, set "
+                        "--gradient-checkpointing, or use more GPUs") from None
+    except RuntimeError as e:
+        if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
+        raise UserError(f"rank {rank()} has lost the others ({str(e).splitlines()[0][:200]}). One of them died or hangs: what it wrote, or the end of "
+                        "torchrun's message, says which. --resume goes on from the last checkpoint; --timeout is how long ranks wait for each other") from None
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -1532,8 +1542,8 @@ def group_advantages(rewards: Tensor, group: int, eps: float = 1e-6) -> Tensor:
     r = rewards.view(-1, group)
     if group == 1:
         return torch.zeros_like(rewards)
-    differ = r.amax(-1, keepdim=True) > r.amin(-1, keepdim=True)  # the mean of eight times 0.1 is not 0.1 in float32
-    return torch.where(differ, (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + eps), 0.0).view(-1)
+    equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)  # the mean of eight times 0.1 is not 0.1 in float32
+    return torch.where(equal, 0.0, (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + eps)).view(-1)
 
 
 def k3(log_p: Tensor, reference: Tensor) -> Tensor:
@@ -1686,22 +1696,6 @@ def grad_norm(model: nn.Module) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def clip_and_step(model: nn.Module, optimizer, schedule, limit: float) -> dict[str, float]:
-    """Clip the gradient, step, clear. Stops every rank before the weights move if the gradient is not finite.
-
-    Returns the gradient's norm before clipping, and the learning rate of this step.
-    """
-    norm, lr = grad_norm(model), schedule.get_last_lr()[0]
-    value = norm.item()  # waits for the device, once an update and after its last backward pass
-    if not math.isfinite(value):
-        raise RuntimeError(f"the gradient norm is {value}: the weights were left as they are")
-    torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], limit, norm)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
-    return {"grad_norm": value, "lr": lr}
-
-
 @dataclass
 class Models:
     """What a run trains with."""
@@ -1726,6 +1720,52 @@ def load_models(args: Args, processor: Processor, teacher: str | None, updates: 
     engine = make_engine(args.student, processor, args)
     return Models(processor, student, engine, *make_optimizer(student, args, updates), vocab, frozen, frozen and frozen.head())
 
+
+class NotFinite(Exception):
+    """A loss or a gradient with a NaN or an infinity in it, on any rank. Every rank raises it, and no weight has moved."""
+
+    def __init__(self, found: list[str], micros: list[Micro]):
+        super().__init__("; ".join(found))
+        self.micros = micros
+
+
+def clip_and_step(models: Models, micros: list[Micro], names: tuple[str, ...], limit: float) -> dict[str, float]:
+    """Clip the gradient of these micro-batches, step, clear. names: those of their terms. Raises NotFinite on every rank, before the weights move.
+
+    Returns the gradient's norm before clipping, and the learning rate of this step.
+    """
+    norm, lr = grad_norm(models.student), models.schedule.get_last_lr()[0]
+    loss = sum((m.weights * m.terms).masked_fill(m.weights == 0, 0.0).sum() for m in micros)
+    value = (norm + 0.0 * all_sum(loss)).item()  # waits for the device, once an update and after its last backward pass
+    if not math.isfinite(value):
+        found = enumerate(all_gather_object(not_finite(models.student, micros, names)))
+        raise NotFinite([f"rank {r}: {', '.join(what)}" for r, what in found if what], micros)
+    torch.nn.utils.clip_grads_with_norm_([p for p in models.student.parameters() if p.requires_grad], limit, norm)
+    models.optimizer.step()
+    models.schedule.step()
+    models.optimizer.zero_grad()
+    return {"grad_norm": value, "lr": lr}
+
+
+UNKNOWN_IS_NAN = ("old", "reference")  # of a micro-batch
+
+
+def not_finite(student: nn.Module, micros: list[Micro], names: tuple[str, ...]) -> list[str]:
+    """What of this rank's micro-batches is not finite, and in the response to which row it begins; the gradient, where all of them are."""
+    found = {}
+    for m in micros:
+        known = {name: value for name, value in vars(m).items() if isinstance(value, Tensor) and value.is_floating_point() and name not in ("weights", "terms")}
+        known |= {f"hidden states of teacher {i}": hidden.sum(-1) for i, hidden in enumerate(m.teacher)}
+        known |= {f"weight of {name}": row for name, row in zip(names, m.weights)} | dict(zip(names, m.terms))
+        for name, value in known.items():
+            bad = (value.isinf() if name in UNKNOWN_IS_NAN else ~value.isfinite()).nonzero().flatten().tolist()
+            if bad and name not in found:
+                rows = [s.row["index"] for s in m.samples for _ in s.response.ids]
+                found[name] = f"{name} (from row {rows[bad[0]]})"
+    if not found:
+        bad = [name for name, p in student.named_parameters() if p.grad is not None and not shard(p.grad).isfinite().all()]
+        found = {name: f"gradient of {name}" for name in bad[:1]}
+    return list(found.values())
 
 # ====================================================================================================== run folder
 class Records:
@@ -2090,6 +2130,12 @@ class Progress:
     def __exit__(self, kind, error, trace):
         self.bar.close()
         self.run.close()
+        if kind is NotFinite:
+            skipped = ("samples", "teacher")  # hidden states are many, and can be made again
+            torch.save([{"rows": [s.row["index"] for s in m.samples], **{key: value for key, value in vars(m).items() if key not in skipped}}
+                        for m in error.micros], self.run.path / f"not-finite-rank-{rank()}.pt")
+            raise UserError(f"step {self.step}: not finite: {error}. No weight was moved by this update; each rank's batch is in "
+                            f"{self.run.path}/not-finite-rank-*.pt") from None
         if kind is KeyboardInterrupt:
             raise UserError(f"interrupted in step {self.step} of {self.steps}. {self.run.path} holds the metrics and samples of the steps before "
                             "it, and the weights that were saved")

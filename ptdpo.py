@@ -286,7 +286,7 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
 def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
     """One optimizer step, and what it is worth knowing about it."""
     accumulate(micros, models, args)
-    stepped = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
+    stepped = common.clip_and_step(models, micros, TERMS, args.grad_clip)
     return stepped | statistics(micros, args)
 
 

@@ -250,7 +250,7 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
 def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
     """One optimizer step, and what it is worth knowing about it."""
     accumulate(micros, models, args)
-    return common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip) | statistics(micros, args)
+    return common.clip_and_step(models, micros, TERMS, args.grad_clip) | statistics(micros, args)
 
 
 EDGES = torch.tensor([-16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0, 4.0])  # of the reward's histogram, in nats

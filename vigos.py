@@ -301,7 +301,7 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
 def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
     """One optimizer step, and what it is worth knowing about it."""
     accumulate(micros, models, args)
-    return common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip) | statistics(micros, args)
+    return common.clip_and_step(models, micros, TERMS, args.grad_clip) | statistics(micros, args)
 
 
 def statistics(micros: list[Micro], args: Args) -> dict:

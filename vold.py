@@ -312,7 +312,7 @@ def accumulate(micros: list[Micro], models: common.Models, args: Args) -> None:
 def update(micros: list[Micro], models: common.Models, args: Args) -> dict:
     """One optimizer step, and what it is worth knowing about it."""
     accumulate(micros, models, args)
-    stepped = common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip)
+    stepped = common.clip_and_step(models, micros, TERMS, args.grad_clip)
     return stepped | statistics(micros, args)
 
 
@@ -419,7 +419,7 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, r
                 loss, m.terms = models.student(m.batch, lambda hidden, head: common.vocab_loss(
                     next_token, m.weights, [hidden], head, extras=[m.ids], vocab=models.vocab, chunk=args.loss_chunk))
                 (loss * common.world_size()).backward()
-            progress.log(common.clip_and_step(models.student, models.optimizer, models.schedule, args.grad_clip))
+            progress.log(common.clip_and_step(models, micros, ("nll", "entropy"), args.grad_clip))
             nll, entropy = (common.all_sum(torch.cat([m.terms for m in micros], dim=-1).sum(-1)) / tokens).tolist()
             progress.log({"nll": nll, "entropy": entropy})
             progress.phase("update")
