@@ -139,16 +139,19 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     for name in ("prompts", "group", "updates", "rollout_batch", "max_prompt", "max_response", "micro_tokens", "loss_chunk", "tensor_parallel", "replicas", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name, low, high in (("temperature", 1e-6, 100), ("top_p", 1e-6, 1), ("lr", 0, 10), ("grad_clip", 1e-12, math.inf)):
+    for name in (f.name for f in dataclasses.fields(args) if f.type is float):
+        if math.isnan(getattr(args, name)):
+            raise UserError(f"--{name.replace('_', '-')} is no number")
+    for name in ("top_k", "max_steps", "warmup", "lora", "eval_every", "eval_rows", "eval_samples", "save_every", "log_samples", "plan"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
+    for name, low, high in (("temperature", 1e-6, 100), ("top_p", 1e-6, 1), ("lr", 0, 10), ("weight_decay", 0, 10), ("grad_clip", 1e-12, math.inf),
+                            ("vllm_memory", 0.01, 1), ("timeout", 0.01, 1e6), ("card", 0.01, 1e6), ("epochs", 1e-9, 1e9)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must lie in [{low}, {high}]")
-    if args.plan < 0:
-        raise UserError(f"--plan is {args.plan}; it takes a number of GPUs")
     args.engine = choose_engine(args.engine, args.plan)
     if args.engine == "vllm" and args.temperature > 2:
         raise UserError(f"--temperature is {args.temperature}; vLLM samples at 2 at most")
-    if args.lora < 0:
-        raise UserError(f"--lora is {args.lora}; it must not be negative")
     if args.prompts % args.updates:
         raise UserError(f"--prompts {args.prompts} cannot be dealt out to --updates {args.updates}: choose a divisor")
     return args, given
@@ -351,7 +354,7 @@ class Rows:
             raise UserError(f"data set {name!r} was not found: it is no local file or folder, and the hub says: {e}") from None
         except StopIteration:  # what an empty file makes of the json reader
             raise UserError(f"data set {name!r} is empty") from None
-        except (ValueError, datasets.exceptions.DatasetGenerationError) as e:
+        except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as e:
             raise UserError(f"data set {name!r} could not be read: {e.__cause__ or e}") from None
         if isinstance(data, dict):
             if split not in data:
@@ -377,7 +380,7 @@ class Rows:
         raw = self.data[self.kept[i]]
         row = {ours: raw[theirs] for ours, theirs in self.columns.items() if theirs in raw} | {"index": self.kept[i]}
         if isinstance(row["problem"], list):  # a chat: its first user turn is the question
-            row["problem"] = next((turn["content"] for turn in row["problem"] if turn["role"] == "user"), "")
+            row["problem"] = next((turn["content"] for turn in row["problem"] if isinstance(turn, dict) and turn.get("role") == "user"), "")
         if "images" in row:
             images = row["images"] if isinstance(row["images"], list) else [row["images"]]
             row["images"] = [open_image(image, self.root) for image in images if image is not None]
@@ -402,7 +405,9 @@ class Rows:
                 row = self[i]
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # PIL, on missing or unreadable files
                 return f"the image cannot be read ({e})"
-            if not str(row["problem"] or "").strip():
+            if not isinstance(row["problem"] or "", str):
+                return f"the question is no text ({str(row['problem'])[:60]!r})"
+            if not (row["problem"] or "").strip():
                 return "the question is empty"
             if min_side and not row.get("images"):
                 return "there is no image"
@@ -411,7 +416,7 @@ class Rows:
                     return f"an image is {image.width} x {image.height} pixels, smaller than a patch ({min_side})"
             if answers and not str(row["answer"] if row["answer"] not in (None, []) else "").strip():
                 return "the answer is empty, and this run needs it for its reward or evaluation"
-            if answers and not is_correct(extract_answer(f"\\boxed{{{one_answer(row['answer'])}}}"), row["answer"]):
+            if answers and boxed(f"\\boxed{{{(one := one_answer(row['answer']).strip())}}}") != (boxed(one) or one):
                 return f"the answer {str(row['answer'])[:60]!r} cannot be written inside \\boxed{{}}: no response would ever be right"
             return complaint(row) if complaint else None
 
@@ -437,11 +442,13 @@ def open_image(image, root: Path):
     from PIL import Image
 
     if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, str):
         image = Path(root, image)
     if isinstance(image, bytes):
         image = io.BytesIO(image)
+    if not isinstance(image, (Image.Image, Path, io.BytesIO)):
+        raise ValueError(f"it is {str(image)[:60]!r}, and no path, bytes or image")
     return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
 
 
@@ -507,6 +514,9 @@ def transcript(prompt: Prompt, ids: list[int], observations: list[Observation] =
     return Prompt(whole, pixels, grid, [image for p in shown for image in p.images]), places
 
 
+SPLIT = "\ue0ff"  # private use: stands in a text where no token may reach across
+
+
 class Processor:
     """Tokenizer and image processor of one checkpoint: contexts -> prompts, prompts + responses -> batches."""
 
@@ -516,19 +526,20 @@ class Processor:
         path = locate(name)
         self.name = name
         try:
-            self.config = AutoConfig.from_pretrained(path)
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as e:
             raise UserError(f"checkpoint {name!r} cannot be read ({str(e).splitlines()[0]}). Name a folder that exists or a hub model with "
                             "--student or --teacher") from None
         self.image_id = getattr(self.config, "image_token_id", None)  # None: a text-only model
         if self.image_id is not None:
-            self.images = AutoImageProcessor.from_pretrained(path, backend="pil")  # one backend everywhere: pixels differ between them
+            self.images = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)  # one backend everywhere: pixels differ between them
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         # A response with an image placeholder would promise the next forward pass an image that is not there: never sample one.
         vision = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         self.banned = sorted({getattr(self.config, key) for key in vision if getattr(self.config, key, None) is not None})
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
+        self.control = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     @property
     def patch(self) -> int:
@@ -536,8 +547,12 @@ class Processor:
         return self.images.patch_size if self.image_id is not None else 0
 
     def render(self, context: Context) -> str:
-        """The context as the text that the chat template makes of it, one placeholder an image, prefill at the end."""
-        messages = context.messages
+        """The context as the text that the chat template makes of it, one placeholder an image, prefill at the end.
+
+        Control tokens that the messages spell out, such as the end of a turn, are broken by SPLIT: they stay text.
+        """
+        messages = [m | {"content": self.quote(m["content"]) if isinstance(m["content"], str) else
+                         [c | {"text": self.quote(c["text"])} if "text" in c else c for c in m["content"]]} for m in context.messages]
         if self.image_id is None:  # the template of a language model takes plain text, and may leave out anything else without a word
             messages = [m if isinstance(m["content"], str) else m | {"content": "".join(c.get("text", "") for c in m["content"])} for m in messages]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + context.prefill
@@ -546,9 +561,19 @@ class Processor:
         """Token ids, with each placeholder expanded to as many as its image has merged patches, and the pixels."""
         return self.encode_text(self.render(context), context.images)
 
+    def quote(self, text: str) -> str:
+        """The text with SPLIT in each control token that it spells out."""
+        for token in self.control:
+            text = text.replace(token, token[0] + SPLIT + token[1:])
+        return text
+
+    def spell(self, text: str) -> list[int]:
+        """Token ids; no token reaches across a SPLIT."""
+        return [i for piece in text.split(SPLIT) for i in self.tokenizer(piece, add_special_tokens=False)["input_ids"]]
+
     def encode_text(self, text: str, images: list) -> Prompt:
         """See encode; the text is already what the chat template makes."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.spell(text)
         if self.image_id is None and images:
             raise ValueError(f"{self.name!r} is a text-only model and was given an image")
         if self.image_id is not None and ids.count(self.image_id) != len(images):
@@ -573,7 +598,7 @@ class Processor:
         return self.encode_text(after[end:], images)
 
     def complaint(self, context: Context, limit: int) -> str | None:
-        """What keeps a context from being used: more than `limit` tokens, image placeholders of its text's own, a template that drops text.
+        """What keeps a context from being used: more than `limit` tokens, an image too many for the model or its template, a template that drops text.
 
         Cheap: pixels are not made, and a text that cannot be too long is not tokenized.
         """
@@ -581,9 +606,9 @@ class Processor:
             return f"it shows an image, and {self.name!r} is a text-only model"
         text, placeholder = self.render(context), self.tokenizer.convert_ids_to_tokens(self.image_id) if self.image_id is not None else None
         if placeholder and text.count(placeholder) != len(context.images):
-            return f"the text holds an image placeholder of its own ({placeholder}); remove it"
+            return f"the chat template of {self.name!r} does not show its {len(context.images)} images"
         parts = [[m["content"]] if isinstance(m["content"], str) else [c.get("text", "") for c in m["content"]] for m in context.messages]
-        if lost := next((part for of_message in parts for part in of_message if part.strip() not in text), None):
+        if lost := next((part for of_message in parts for part in of_message if self.quote(part).strip() not in text), None):
             return f"the chat template of {self.name!r} leaves out a part of the prompt ({lost.strip()[:60]!r})"
         size = -len(context.images)  # each placeholder of the text gives way to its image's tokens
         try:
@@ -593,7 +618,7 @@ class Processor:
             return f"an image cannot be prepared ({e})"
         if size + len(text.encode()) <= limit:  # a byte-level token is at least a byte
             return None
-        size += len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        size += len(self.spell(text))
         return f"the prompt has {size} tokens; the limit is {limit} (--max-prompt)" if size > limit else None
 
     def batch(self, prompts: list[Prompt], responses: list[list[int]], observations: list[list[Observation]] | None = None) -> dict[str, Tensor]:
@@ -723,9 +748,9 @@ class Model(nn.Module):
 
         logging.disable_progress_bar()
         path = locate(name)
-        vision = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+        vision = hasattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "vision_config")
         auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        self.name, self.lm = name, auto.from_pretrained(path, dtype=dtype)
+        self.name, self.lm = name, auto.from_pretrained(path, dtype=dtype, trust_remote_code=False)
         self.eval()  # no dropout anywhere: the student is scored and trained as it samples
 
     def forward(self, batch: dict[str, Tensor], loss_fn=None):
@@ -852,11 +877,11 @@ def sizes_of(name: str, args: Args) -> Sizes:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
-        config = AutoConfig.from_pretrained(locate(name))
+        config = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise UserError(f"checkpoint {name!r} cannot be read ({str(e).splitlines()[0]})") from None
     with torch.device("meta"):
-        lm = (AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM).from_config(config)
+        lm = (AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM).from_config(config, trust_remote_code=False)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     blocks = [count(m) for m in lm.modules() if type(m).__name__ in set(lm._no_split_modules or ())]
     vision, text = getattr(lm.model, "visual", None), config.get_text_config()
@@ -2093,6 +2118,9 @@ class Progress:
         values = {"finished": [s.response.finished for s in samples]} | ({"reward": [s.reward for s in samples]} if rewarded else {})
         self.log(means := mean_over_ranks(values))
         self.run.samples(self.step, samples[: args.log_samples], rewarded)
+        if self.step == self.first + 1 and not bends_nothing(args):
+            self.note(f"responses are sampled with temperature {args.temperature}, top-p {args.top_p} and top-k {args.top_k}; the loss takes them as "
+                      "samples of the model itself, at 1, 1 and 0")
         if means["finished"] == 0:
             self.note(f"no response ended by itself within --max-response {args.max_response} (see samples.jsonl)")
 

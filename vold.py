@@ -409,7 +409,7 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, r
             models.engine.rest()
             samples = []
             for trace in questions.draw():
-                ids = processor.tokenizer(trace["response"], add_special_tokens=False)["input_ids"] + [end]
+                ids = processor.spell(processor.quote(trace["response"])) + [end]
                 response = common.Response(ids, [0.0] * len(ids), True, trace["response"])
                 samples.append(common.Sample(trace, {"question": processor.encode(question(trace, args))}, response))
             micros = common.make_micros(common.Micro, samples, ["question"], processor, args.micro_tokens, images=False)

@@ -2,12 +2,16 @@
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import flags, run_script
+
+import common
+import vgs
 
 GRPO = dict(group=2, temperature=3.0)
 RUNS = {
@@ -70,6 +74,27 @@ def test_nobody_waits_for_a_dead_rank(fault, tiny, tmp_path):
     assert not left
     saved = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-?")]
     assert saved == ([] if "save" in fault else ["step-1"])
+
+
+def test_full_memory_is_explained_by_the_plan(tiny, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(vgs, "rollout", full)
+    monkeypatch.setattr(sys, "argv", ["vgs.py", *flags(tiny, tmp_path / "run")])
+    with pytest.raises(common.UserError, match="rank 0 is out of GPU memory.*Tried to allocate 20 GiB.*--micro-tokens"):
+        common.launch(vgs.main)
+    torch.distributed.destroy_process_group()
+    assert "GiB on each of 1 GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script, bent", [("vgs.py", {}), ("vgs.py", {"top_p": 0.9}), ("reopold.py", {"temperature": 1.5, "top_k": 20})])
+def test_a_sampler_that_is_not_the_model_is_named_once(script, bent, tiny, tmp_path):
+    result = run_script(script, *flags(tiny, tmp_path / "run", **bent))
+    said = "".join((result.stdout + result.stderr).split())
+    assert result.returncode == 0 and said.count("responsesaresampledwith") == bool(bent), result.stderr
+    if bent:
+        assert f"temperature{bent.get('temperature', 1.0)},top-p{bent.get('top_p', 1.0)}andtop-k{bent.get('top_k', 0)};" in said
 
 
 def read(path: Path) -> bytes:

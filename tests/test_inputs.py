@@ -102,7 +102,7 @@ def bad_rows(folder, good):
         (good | {"images": "missing.png"}, "missing.png"), (good | {"images": "text.png"}, "cannot be read"), (good | {"images": "cut.png"}, "cannot be read"),
         (good | {"images": "flat.png"}, "64 x 8 pixels"), (good | {"images": "thin.png"}, "aspect ratio"), (good | {"images": None}, "no image"), (good | {"answer": " "}, "answer is empty"),
         (good | {"answer": None}, "answer is empty"), (good | {"problem": ""}, "question is empty"), (good | {"problem": "why " * 2000}, "--max-prompt"),
-        (good | {"problem": "What is <|image_pad|>?"}, "image placeholder"),
+        (good | {"problem": 7}, "question is no text"),
     ]
 
 

@@ -130,9 +130,9 @@ def test_the_text_only_context_holds_no_image(tiny_rows, processor):
         assert kept == text.ids, "nothing but the image differs"
 
 
-def test_an_image_placeholder_in_the_question_is_refused(processor):
-    context = common.Context([{"role": "user", "content": "what is <|image_pad|> ?"}])
-    assert "placeholder" in processor.complaint(context, 1000)
+def test_a_template_that_does_not_show_the_images_is_refused(processor, tiny_rows):
+    context = common.Context([{"role": "user", "content": "what is it?"}], tiny_rows[0]["images"])
+    assert "does not show its 1 images" in processor.complaint(context, 1000)
     with pytest.raises(ValueError, match="placeholder"):
         processor.encode(context)
 
