@@ -145,6 +145,30 @@ def test_killed_at_some_moment(tiny, tmp_path):
     assert (tmp_path / "killed" / "checkpoints" / "step-3" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_killed_thirty_times(tiny, tmp_path):
+    """At 18 random moments of 12 seconds, the start included, and 12 times while a checkpoint is being written: the run that comes of it is the undisturbed one."""
+    script, argv = command(tiny, tmp_path / "whole", "vgs", max_steps=250, save_every=1)
+    done(run_script(script, *argv))
+    _, argv = command(tiny, tmp_path / "killed", "vgs", max_steps=250, save_every=1, resume="auto")
+    random, saving = torch.Generator().manual_seed(0), 0
+    for kill in range(30):
+        process, start = subprocess.Popen([sys.executable, script, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time()
+        wait = 12 * torch.rand(1, generator=random).item()
+        while process.poll() is None:
+            time.sleep(0.0005)
+            partial = [p for p in (tmp_path / "killed" / "checkpoints").glob("step-*.partial") if p.stat().st_mtime > start] if kill % 5 > 2 else []
+            if partial or kill % 5 <= 2 and time.time() - start > wait:
+                break
+        assert process.poll() is None, "it was killed too late: give the run more steps"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        saving += bool(partial)
+    assert saving == 12
+    done(run_script(script, *argv))
+    same(tmp_path / "killed", tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
