@@ -1100,12 +1100,17 @@ class VLLMEngine:
         return responses
 
     def request(self, prompt: Prompt) -> dict:
-        """A prompt as vLLM wants it: one placeholder an image, which it expands itself."""
+        """A prompt as vLLM wants it: one placeholder an image, which it expands itself.
+
+        Images have their final size, to which training resizes them too: vLLM's resizing gives pixels that differ by 0.01.
+        """
         placeholder = self.processor.image_id
         ids = [token for token, before in zip(prompt.ids, [None, *prompt.ids]) if token != placeholder or before != placeholder]
-        return {"prompt_token_ids": ids} | ({"multi_modal_data": {"image": prompt.images}} if prompt.images else {})
-
-
+        if not prompt.images:
+            return {"prompt_token_ids": ids}
+        patch, resample = self.processor.patch, self.processor.images.resample
+        images = [image.resize((w * patch, h * patch), resample) for image, (_, h, w) in zip(prompt.images, prompt.grid.tolist())]
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
 
 
 def make_engine(name: str, processor: Processor, args: Args, sleeps: bool = True) -> HFEngine | VLLMEngine:

@@ -47,8 +47,9 @@ def gap(engine, student, prompts, temperature=1.0) -> float:
 
 
 def prompts_of(engine, rows) -> list:
-    """With images, one of them repeated, one prompt with two images, and one without any."""
-    prompts = [engine.processor.encode(vgs.with_image(rows[i])) for i in (0, 1, 0, 2)]
+    """With images, one of them repeated, one of a size that has to be changed, one prompt with two images, and one without any."""
+    odd = rows[2] | {"images": [rows[2]["images"][0].resize((207, 91))]}
+    prompts = [engine.processor.encode(vgs.with_image(row)) for row in (rows[0], rows[1], rows[0], odd)]
     two = rows[3] | {"images": rows[3]["images"] + rows[1]["images"]}
     return [*prompts, engine.processor.encode(vgs.with_image(two)), engine.processor.encode(vgs.without_image(rows[4]))]
 
