@@ -65,6 +65,8 @@ def vgs_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
                     group=2, **settings)
     models = common.load_models(args, processor, args.teacher, updates=1)
     micros = vgs.score(mine(fixed_samples(processor, rows, 8), shares), models, args)
+    for m in micros:
+        m.old = stale(m.old, m.ids) if args.updates > 1 else m.old
     eta = vgs.measure_eta(micros, models, args)["eta"] if vgs.uses_eta(args) else None
     vgs.weigh(micros, args, eta=0.7)
     vgs.accumulate(micros, models, args)
@@ -75,6 +77,9 @@ def ptdpo_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dic
     args = ptdpo.Args(student=f"{tiny}/student", dtype="float32", micro_tokens=micro, loss_chunk=chunk, group=2, **settings)
     ptdpo.check_settings(args, set())
     models = common.load_models(args, processor, args.student, updates=1)
+    with torch.no_grad():  # the student has moved on from the reference
+        for parameter in models.student.parameters():
+            parameter.mul_(1.02)
     samples = fixed_samples(processor, rows, 8, "ptdpo", settings)
     below, failed = ptdpo.route(CORRECT, 2, args.tau)
     for s, in_failing_group, fails in zip(samples, below, failed):

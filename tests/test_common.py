@@ -127,6 +127,11 @@ def test_micro_batches_cover_everything_once_and_sort_by_length():
     assert common.micro_batches([], 3) == []
 
 
+def test_micro_batches_of_a_rank_with_less_work_are_filled_up_with_empty_ones(monkeypatch):
+    monkeypatch.setattr(common, "all_gather_object", lambda x: [x, 3])  # another rank has three
+    assert common.micro_batches([5, 9, 4], 10) == [[2, 0], [1], []] and common.micro_batches([], 10) == [[], [], []]
+
+
 def test_user_message_places_images_where_they_are_marked():
     def kinds(message):
         return [item.get("text", "*") for item in message["content"]]
@@ -222,7 +227,24 @@ def test_data_order_repeats_nothing_within_an_epoch_and_depends_on_the_seed():
     order = common.data_order(10, 4, seed=0)
     drawn = [i for _ in range(5) for i in next(order)]
     assert sorted(drawn[:10]) == list(range(10)) and sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:], "every epoch has an order of its own"
     assert drawn[:4] == next(common.data_order(10, 4, seed=0)) != next(common.data_order(10, 4, seed=1))
+
+
+def test_questions_of_an_update_are_the_same_on_any_number_of_ranks(monkeypatch):
+    """Three batches of 8 in two updates: each update's four questions, shared out; numbered through the whole run, and after skipping too."""
+    rows = [{"name": i} for i in range(20)]
+
+    def draw(rank, ranks, skipped=0):
+        monkeypatch.setattr(common, "rank", lambda: rank)
+        monkeypatch.setattr(common, "world_size", lambda: ranks)
+        questions = common.Questions(rows, 8, 0, updates=2)
+        questions.skip(skipped)
+        return [part for _ in range(3 - skipped) for part in common.split(questions.draw(), 2)]
+
+    one, first, second = draw(0, 1), draw(0, 2), draw(1, 2)
+    assert [a + b for a, b in zip(first, second)] == one and len(first[0]) == 2
+    assert [row["draw"] for part in one for row in part] == list(range(24)) and draw(0, 1, skipped=2) == one[4:]
 
 
 @pytest.mark.parametrize("schedule, expected", [
@@ -239,3 +261,22 @@ def test_schedules(schedule, expected):
         scheduler.step()
     assert seen == pytest.approx(expected)
     assert optimizer.param_groups[0]["weight_decay"] == 0.01 and optimizer.param_groups[1]["weight_decay"] == 0  # biases do not decay
+
+
+def test_clip_and_step():
+    """A gradient of norm 5 is cut to 1 and cleared; one that is not finite leaves the weights as they are."""
+    student = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    models = common.Models(None, student, None, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), 0)
+    micro = common.Micro([], {}, 1, *[torch.zeros(0)] * 5, weights=torch.zeros(1, 0), terms=torch.zeros(1, 0))
+    before = student.weight.detach().clone()
+    student.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert common.clip_and_step(models, [micro], ("loss",), 1.0) == {"grad_norm": 5.0, "lr": 1.0}
+    torch.testing.assert_close(before - student.weight.detach(), torch.tensor([[0.6, 0.8]]))
+    assert student.weight.grad is None or not student.weight.grad.any()
+    after = student.weight.detach().clone()
+    for bad in (math.nan, math.inf):
+        student.weight.grad = torch.tensor([[bad, 1.0]])
+        with pytest.raises(common.NotFinite):
+            common.clip_and_step(models, [micro], ("loss",), 1.0)
+        assert torch.equal(student.weight, after)

@@ -10,7 +10,8 @@ import common
 import vgs
 
 SETTINGS = {
-    "vgs": {"method": "vgs-lp", "alpha": 0.3}, "ptdpo": {"lambda_ptd": 0.5}, "vold": {"beta": 0.5}, "vigos": {}, "reopold": {"progress": 0.0, "updates": 2},
+    "vgs": {"method": "vgs-lp", "alpha": 0.3}, "ptdpo": {"lambda_ptd": 0.5, "kl": 0.0}, "vold": {"beta": 0.5}, "vigos": {},
+    "reopold": {"progress": 0.0, "updates": 2},
 }
 
 
@@ -38,7 +39,7 @@ def batch(tiny):
     def run(method: str, how: str) -> dict:
         def load_once(args, processor, teacher, updates):
             key = (method, args.student, teacher)
-            if key not in models or method == "vigos":  # whose student moves away from the initial model there
+            if key not in models or method in ("ptdpo", "vigos"):  # whose students move away from the initial model there
                 models[key] = load(args, processor, teacher, updates)
             models[key].student.zero_grad()
             return models[key]

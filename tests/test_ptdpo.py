@@ -114,6 +114,8 @@ def test_what_the_tutor_reads_and_the_student_does_not(tiny, tiny_rows):
     assert "zebra" in texts["solution"] and "elephant" in texts["solution"]
     assert all(x.count(processor.image_id) == student.count(processor.image_id) > 0 for x in ids.values())
     assert processor.encode(ptdpo.tutored(row, "hint", blind=True)).ids.count(processor.image_id) == 0
+    for args, expected in ((ptdpo.Args(), ptdpo.tutored(row, "hint")), (ptdpo.Args(blind_tutor=True), ptdpo.tutored(row, "hint", blind=True))):
+        assert {name: context(row) for name, context in ptdpo.contexts(args).items()} == {"question": ptdpo.question(row), "tutor": expected}
     assert ptdpo.tutored(row | {"hint": "  "}, "hint") is None and ptdpo.tutored({k: v for k, v in row.items() if k != "hint"}, "hint") is None
 
 
@@ -147,6 +149,17 @@ def test_dynamic_sampling_draws_again(monkeypatch):
     args.draws = 1
     samples, log = ptdpo.rollout(lambda: next(draws), models, args)
     assert [s.row["name"] for s in samples] == ["e", "e", "f", "f"] and log["draws"] == 1
+
+
+def test_a_rollout_rewards_the_form_and_tutors_by_the_answer_alone(monkeypatch):
+    """Two right answers, one without a thought; a right and a wrong one, both in form; a wrong one whose row has no hint."""
+    texts = ["<think>a</think> \\boxed{1}", "\\boxed{1}", "<think>a</think> \\boxed{1}", "<think>a</think> \\boxed{2}", "\\boxed{2}", "\\boxed{1}"]
+    monkeypatch.setattr(common, "sample_responses", lambda engine, rows, contexts, args, kind: [
+        kind({"answer": "1"}, {"tutor": None} if i < 4 else {}, common.Response([1], [0.0], True, text)) for i, text in enumerate(texts)])
+    samples, _ = ptdpo.rollout(list, type("Models", (), {"engine": None}), ptdpo.Args(prompts=3, group=2))
+    assert [s.reward for s in samples] == pytest.approx([1.0, 0.9, 1.0, 0.1, 0.0, 0.9])
+    assert [s.failing for s in samples] == [False, False, True, True, True, True]
+    assert [s.tutored for s in samples] == [False, False, False, True, False, False]
 
 
 def test_dynamic_sampling_fills_up_in_the_order_of_drawing(monkeypatch):

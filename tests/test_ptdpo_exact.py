@@ -37,12 +37,16 @@ CLIPS = {"grpo": (0.2, 0.3), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
 def world(tiny):
     processor = common.Processor(str(tiny / "student"))
     rows = common.Rows(str(tiny / "rows.parquet"), "train", {"problem": "problem"})
-    return processor, rows, *(common.Model(str(tiny / "student"), torch.float64).lm for _ in range(2))
+    student, frozen = (common.Model(str(tiny / "student"), torch.float64).lm for _ in range(2))
+    with torch.no_grad():  # otherwise the reference KL is at its minimum, and has no gradient
+        for parameter in student.parameters():
+            parameter.copy_(parameter.float() * 1.02)
+    return processor, rows, student, frozen
 
 
 @pytest.fixture(scope="module")
 def gradients(tiny, tmp_path_factory):
-    layouts = [([8], 3, 7, "ptdpo", COMMON | settings) for settings in SETTINGS.values()]
+    layouts = [([8], 500, 7, "ptdpo", COMMON | settings) for settings in SETTINGS.values()]
     return dict(zip(SETTINGS, layout_gradients(tiny, tmp_path_factory.mktemp("exact"), layouts)))
 
 

@@ -1,7 +1,8 @@
-"""The README's code does what it says."""
+"""The README's code does what it says, and mutations.py fits the code."""
 
 import re
 
+import mutations
 import torch
 from conftest import ROOT
 
@@ -39,3 +40,9 @@ def test_the_span_and_its_loss():
 def test_the_gate_finds_the_test_command():
     assert re.search(r"^pip install -r requirements-dev.txt && pytest", (ROOT / "README.md").read_text(), re.M)
     assert "requirements-dev.txt && pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_fault_of_mutations_still_fits_its_file():
+    """Its text is there exactly once; whether it is found takes the better part of an hour, and is a command of its own."""
+    mutations.check(mutations.FAULTS)
+    assert len(mutations.FAULTS) > 150

@@ -125,7 +125,7 @@ def test_the_ratio_is_clipped_pessimistically():
     assert (torch.autograd.grad(objective.sum(), z)[0].norm(dim=-1) == 0).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("changes", [{"updates": 2}, {"method": "grpo", "teacher": None, "group": 2}, {"method": "sft"}], ids=str)
+@pytest.mark.parametrize("changes", [{"updates": 2, "warmup": 1}, {"method": "grpo", "teacher": None, "group": 2}, {"method": "sft"}], ids=str)
 def test_real_runs(tiny, tmp_path, changes):
     result = run_script("reopold.py", *flags(tiny, tmp_path / "run", **{"updates": 1} | changes))
     assert result.returncode == 0, result.stderr
@@ -139,6 +139,7 @@ def test_real_runs(tiny, tmp_path, changes):
     if "method" not in changes:
         assert lines[1]["kept"] == pytest.approx(1 - lines[1]["below_floor"], abs=0.05)  # exploring: what is not below the floor at the first update
         assert lines[2]["kept"] < 0.3  # refining
+        assert [line["lr"] for line in lines[1:]] == pytest.approx([0.75e-3, 0.5e-3])  # of four updates: 1/2, 1 and 2/3, 1/3
 
 
 def test_text_alone_on_two_ranks(tiny, tmp_path):

@@ -146,3 +146,40 @@ def test_group_responses_are_consecutive_and_rewarded_within_their_group(tiny, t
     samples = vgs.rollout(rows, models, vgs.Args(method="grpo", group=2))
     assert [s.row["index"] for s in samples] == [0, 0, 1, 1] and [s.reward for s in samples] == [1, 0, 0, 0]
     assert [round(s.advantage, 3) for s in samples] == [0.707, -0.707, 0, 0]
+
+
+def test_every_response_of_a_run_has_a_seed_of_its_own(tiny_rows, processor):
+    """Within a group, and when a later epoch draws the row again; the same place in the run has the same one, unless --seed differs."""
+    seen = []
+
+    class Engine:
+        def generate(self, prompts, *_, seeds):
+            seen.append(seeds)
+            return [common.Response([1], [0.0], True) for _ in prompts]
+
+        def rest(self):
+            pass
+
+    engine = Engine()
+    engine.processor = processor
+    for seed, first in ((0, 0), (0, 2), (0, 0), (1, 0)):
+        rows = [tiny_rows[i] | {"draw": first + i} for i in range(2)]
+        common.sample_responses(engine, rows, {"image": vgs.with_image}, common.Args(group=3, seed=seed))
+    assert seen[0] == seen[2] and len({x for part in (seen[0], seen[1], seen[3]) for x in part}) == 18
+
+
+def test_evaluation_on_worked_examples():
+    """Two questions whose answer is 5: greedy right, and right in a refused response; three samples each, of which two, and none, are right."""
+    said = {0.0: ["5", "5 refused"], 1.0: ["4", "5", "5", "6", "6", "5 refused"]}
+
+    class Engine:
+        def generate(self, prompts, temperature, seeds=None):
+            assert (seeds is None) == (temperature == 0) and len(prompts) == len(set(seeds or said[0.0])) == len(said[temperature])
+            return [common.Response([1], [0.0], True, f"\\boxed{{{x.split()[0]}}}", refused="refused" in x) for x in said[temperature]]
+
+    engine = Engine()
+    engine.processor = type("Processor", (), {"encode": staticmethod(lambda context: context)})
+    rows = [{"answer": "5", "index": i} for i in range(2)]
+    assert common.evaluate(engine, rows, lambda row: row) == {"acc@1": 0.5}
+    found = common.evaluate(engine, rows, lambda row: row, samples=3)
+    assert found == {"acc@1": 0.5, "acc@3": pytest.approx(1 / 3), "pass@3": 0.5, "maj@3": 0.5}

@@ -1,6 +1,7 @@
 """Responses of several turns: image tools, their answers as context without loss, limits, and calls that cannot be answered."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny):
     processor.tokenizer.chat_template = "{{ messages[-1]['role'] }}<|im_end|>{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}"
     with pytest.raises(common.UserError, match="rewrites earlier turns"):
         processor.next_turn(common.user_message("Here", 0), [])
+
+
+def test_tools_are_offered_where_they_may_be_called(monkeypatch):
+    offered = []
+    monkeypatch.setattr(common, "sample_responses", lambda engine, rows, contexts, args: offered.append(contexts) or [])
+    for calls in (0, 2):
+        reopold.rollout([], SimpleNamespace(engine=None), None, reopold.Args(calls=calls))
+    assert offered == [{"question": reopold.question}, {"question": reopold.with_tools}]
 
 
 class Scripted:

@@ -121,6 +121,17 @@ def test_a_text_only_teacher_sees_the_question(tiny):
     assert "leaves out a part of the prompt ('How many?')" in sighted.complaint(context, 500)  # and no prompt loses its question silently
 
 
+def test_the_teacher_reads_the_question_in_its_own_template(tiny, tiny_rows, processors, monkeypatch):
+    student, teacher, args = processors[0], common.Processor(str(tiny / "tagged")), vold.Args(group=1)
+    teacher.tokenizer.chat_template = QWEN3.replace("<|im_start|>assistant", "<|im_start|>assistant\n<think>")
+    context = vold.question(tiny_rows[0], args)
+    monkeypatch.setattr(common, "sample_responses", lambda engine, rows, contexts, args, kind: [
+        kind(rows[0], {"question": student.encode(context)}, common.Response([1], [0.0], True))])
+    models = common.Models(student, *[None] * 4, 0)
+    (sample,) = vold.rollout([tiny_rows[0]], models, vold.Reader(teacher, {}), args)
+    assert sample.prompts["teacher"].ids == teacher.encode(context).ids != sample.prompts["question"].ids == student.encode(context).ids
+
+
 # ------------------------------------------------------------------------------------------------------------------- the real script
 def arguments(tiny, output, **changes):
     values = dict(teacher=tiny / "tagged", column_text="text_problem", trace_data=tiny / "rows.parquet", trace_column="text_problem", trace_rows=9,

@@ -37,7 +37,7 @@ def world(tiny):
 
 @pytest.fixture(scope="module")
 def results(tiny, tmp_path_factory):
-    layouts = [([8], 3, 7, "vold", BASE | settings) for settings in SETTINGS.values()]
+    layouts = [([8], 500, 7, "vold", BASE | settings) for settings in SETTINGS.values()]
     return dict(zip(SETTINGS, layout_gradients(tiny, tmp_path_factory.mktemp("exact"), layouts)))
 
 
