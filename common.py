@@ -14,6 +14,7 @@ Three conventions hold everywhere:
 """
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -159,7 +160,7 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
 
 def choose_engine(engine: str, plan: int = 0) -> str:
     """auto -> vllm where it and a CUDA device are there (a plan is for where they are), else hf. Stops if vllm is asked for and not installed."""
-    if plan:
+    if plan and not dist.is_initialized():
         return "vllm" if engine == "auto" else engine
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not installed:
@@ -213,7 +214,7 @@ def start_distributed(args: Args) -> None:
 
 
 def launch(main) -> None:
-    """Run a method's main(). What ends it for reasons outside of it is said without a traceback; the ranks part only when all have finished."""
+    """Run a method's main(). Where NCCL ends the process by itself, its own message stands. What else ends it for reasons outside of it is said without a traceback; the ranks part only when all have finished."""
     try:
         main()
     except KeyboardInterrupt:
@@ -222,8 +223,10 @@ def launch(main) -> None:
         if rank() == 0:  # where it goes, by the table of --plan
             card = torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else 80
             sys.argv += ["--plan", str(world_size()), "--card", f"{card:.0f}"]
-            main()
-        raise UserError(f"rank {rank()} is out of GPU memory ({str(e).splitlines()[0]}). Lower --micro-tokens or --vllm-memory, set "
+            with contextlib.suppress(Exception, SystemExit):  # what does not train has no plan
+                main()
+                print("(an estimate: if it says that the run fits, it was too low)", flush=True)
+        raise UserError(f"rank {rank()} is out of GPU memory ({str(e).splitlines()[0]}). Lower --micro-tokens, with vLLM --vllm-memory, set "
                         "--gradient-checkpointing, or use more GPUs") from None
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
@@ -416,7 +419,7 @@ class Rows:
                     return f"an image is {image.width} x {image.height} pixels, smaller than a patch ({min_side})"
             if answers and not str(row["answer"] if row["answer"] not in (None, []) else "").strip():
                 return "the answer is empty, and this run needs it for its reward or evaluation"
-            if answers and boxed(f"\\boxed{{{(one := one_answer(row['answer']).strip())}}}") != (boxed(one) or one):
+            if answers and not any(boxed(f"\\boxed{{{one}}}") == (boxed(one) or one) for one in all_answers(row["answer"])):
                 return f"the answer {str(row['answer'])[:60]!r} cannot be written inside \\boxed{{}}: no response would ever be right"
             return complaint(row) if complaint else None
 
@@ -470,10 +473,10 @@ def user_message(text: str, images: int) -> dict:
     """
     pieces = [piece for piece in re.split(r"(<image>)", text) if piece]
     marks = pieces.count("<image>")
-    if images and marks != images:
-        pieces = ["<image>"] * images + [piece for piece in pieces if piece != "<image>"]
     content = [{"type": "image"} if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces]
-    content = [item for item in content if images or item["type"] == "text"]
+    if marks != images:  # the text in one piece: what a mark kept apart must not become a control token later
+        text = "".join(piece for piece in pieces if piece != "<image>")
+        content = [{"type": "image"}] * images + ([{"type": "text", "text": text}] if text else [])
     if content and content[0]["type"] == "text":
         content[0]["text"] = content[0]["text"].lstrip()
     return {"role": "user", "content": content}
@@ -514,6 +517,14 @@ def transcript(prompt: Prompt, ids: list[int], observations: list[Observation] =
     return Prompt(whole, pixels, grid, [image for p in shown for image in p.images]), places
 
 
+def unreadable(name: str, error: Exception) -> str:
+    """What to say of a checkpoint that cannot be read."""
+    if "trust_remote_code" in str(error):
+        return f"checkpoint {name!r} wants code of its own to be run, which is never done: choose one whose architecture transformers has"
+    return (f"checkpoint {name!r} cannot be read ({str(error).splitlines()[0]}). Name a folder that has its config, tokenizer and image processor, or a "
+            "hub model, with --student or --teacher")
+
+
 SPLIT = "\ue0ff"  # private use: stands in a text where no token may reach across
 
 
@@ -528,18 +539,21 @@ class Processor:
         try:
             self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.image_id = getattr(self.config, "image_token_id", None)  # None: a text-only model
+            if self.image_id is not None:
+                self.images = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)  # one backend everywhere: pixels differ between them
         except (OSError, ValueError) as e:
-            raise UserError(f"checkpoint {name!r} cannot be read ({str(e).splitlines()[0]}). Name a folder that exists or a hub model with "
-                            "--student or --teacher") from None
-        self.image_id = getattr(self.config, "image_token_id", None)  # None: a text-only model
-        if self.image_id is not None:
-            self.images = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)  # one backend everywhere: pixels differ between them
+            raise UserError(unreadable(name, e)) from None
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         # A response with an image placeholder would promise the next forward pass an image that is not there: never sample one.
         vision = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         self.banned = sorted({getattr(self.config, key) for key in vision if getattr(self.config, key, None) is not None})
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
-        self.control = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.control = [token.content for token in added if token.special]
+        with contextlib.suppress(Exception):  # a template that cannot do this much is named when the first row is read
+            around = self.render(Context([user_message("a", 0)]))  # some families mark turns by tokens that they do not call special
+            self.control += [token.content for token in added if token.content in around and not token.special]
 
     @property
     def patch(self) -> int:
@@ -849,6 +863,8 @@ def load_model(name: str, args: Args, trained: bool) -> Model:
         raise UserError(f"--replicas {args.replicas} does not divide the {world_size()} ranks")
     shape, names = ((world_size(),), ("shard",)) if args.replicas == 1 else ((args.replicas, world_size() // args.replicas), ("replicate", "shard"))
     mesh = dist.device_mesh.init_device_mesh(device().type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # new groups begin with the backend's own timeout
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=args.timeout), group)
     blocks = set(model.lm._no_split_modules or ())
     for module in [m for m in model.modules() if type(m).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -879,7 +895,7 @@ def sizes_of(name: str, args: Args) -> Sizes:
     try:
         config = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise UserError(f"checkpoint {name!r} cannot be read ({str(e).splitlines()[0]})") from None
+        raise UserError(unreadable(name, e)) from None
     with torch.device("meta"):
         lm = (AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM).from_config(config, trust_remote_code=False)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
@@ -1036,7 +1052,7 @@ class VLLMEngine:
         if world_size() % args.tensor_parallel:
             raise UserError(f"--tensor-parallel {args.tensor_parallel} does not divide the {world_size()} ranks")
         if args.tensor_parallel > 1:
-            self.group, _ = dist.new_subgroups(group_size=args.tensor_parallel)
+            self.group, _ = dist.new_subgroups(group_size=args.tensor_parallel, timeout=datetime.timedelta(minutes=args.timeout))
         gpu = torch.cuda.is_available()
         if not gpu:
             import vllm._custom_ops
@@ -1651,6 +1667,11 @@ def is_correct(prediction: str | None, answer) -> bool:
     return math_verify.verify(math_verify.parse(f"\\boxed{{{gold}}}"), math_verify.parse(f"\\boxed{{{ours}}}"))
 
 
+def all_answers(answer) -> list[str]:
+    """A row's right answers as texts; most rows have one."""
+    return [str(one).strip() for one in (answer if isinstance(answer, list) else [answer])]
+
+
 def one_answer(answer) -> str:
     """What a model is shown of a row's answer: of several right ones the first."""
     return str(answer[0] if isinstance(answer, list) else answer)
@@ -1871,18 +1892,15 @@ class Run:
         if not auto and self.args.output not in ("", self.args.resume):
             raise UserError(f"--output {self.args.output} would have no effect: --resume goes on in {self.args.resume}")
         self.path = self.path if auto else Path(self.args.resume)
-        if (self.path / "final").exists():
-            say(f"{self.path / 'final'} is there: this run is finished")
-            raise SystemExit(0)
-        states = states_in(self.path)
+        states, finished = states_in(self.path), (self.path / "final").exists()
         torn = [state for state in states if not all((state / name).exists() and (state / name).stat().st_size for name in (".metadata", "progress.json"))]
         for state in torn:
             say(f"{state} is not whole, and is passed over")
         whole_ones = [state for state in states if state not in torn]
-        if not whole_ones and not auto:
+        if not whole_ones and not auto and not finished:
             raise UserError(f"{self.path} holds no checkpoint to resume from (checkpoints/step-N/state); they are written with --save-every")
         if not (self.path / "args.json").exists():
-            if whole_ones:
+            if whole_ones or finished:
                 raise UserError(f"{self.path} has checkpoints and no args.json, so nobody knows whose they are: choose another --output")
             return
         before, now = json.loads((self.path / "args.json").read_text()), self.settings()
@@ -1891,6 +1909,11 @@ class Run:
         changed = [f"--{name.replace('_', '-')} {before.get(name)} -> {value}" for name, value in now.items() if name not in HARMLESS and before.get(name) != value]
         if changed and not self.args.resume_anyway:
             raise UserError(f"{self.path} was begun with other settings ({', '.join(changed)}). Give the same ones, or say --resume-anyway")
+        if finished:
+            say(f"{self.path / 'final'} is there: this run is finished. Another one can begin where it ended: --student {self.path / 'final'} and another --output")
+            raise SystemExit(0)
+        if not whole_ones and any(self.path.glob("checkpoints/step-*[0-9]/config.json")):
+            raise UserError(f"{self.path} holds weights, and no state/ to go on from: choose another --output (--student {self.path}/checkpoints/step-N begins with them)")
         self.state = whole_ones[-1] if whole_ones else None
         if self.state is None:
             say(f"{self.path} holds a run without a checkpoint: it begins anew")
@@ -2165,10 +2188,12 @@ class Progress:
         self.run.close()
         if kind is NotFinite:
             skipped = ("samples", "teacher")  # hidden states are many, and can be made again
+            self.run.path.mkdir(parents=True, exist_ok=True)  # another machine may have a disk of its own
             torch.save([{"rows": [s.row["index"] for s in m.samples], **{key: value for key, value in vars(m).items() if key not in skipped}}
                         for m in error.micros], self.run.path / f"not-finite-rank-{rank()}.pt")
             raise UserError(f"step {self.step}: not finite: {error}. No weight was moved by this update; each rank's batch is in "
-                            f"{self.run.path}/not-finite-rank-*.pt") from None
+                            f"{self.run.path}/not-finite-rank-*.pt. Look at the row; or lower --lr and go on with --resume and --resume-anyway: with the same "
+                            "settings it would end here again") from None
         if kind is KeyboardInterrupt:
             raise UserError(f"interrupted in step {self.step} of {self.steps}. {self.run.path} holds the metrics and samples of the steps before "
                             "it, and the weights that were saved")

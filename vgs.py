@@ -324,7 +324,7 @@ def check_settings(args: Args, given: set[str]) -> None:
         raise common.UserError("--analyze needs all four distributions and held-out questions: --method vgs-lp and --eval-data")
     if uses_eta(args) and args.eta != 1 and "eta" not in given and (args.method not in ("vgs", "vgs-lp") or args.gamma != 2):
         raise common.UserError(f"the preset's eta {args.eta} holds for vgs and vgs-lp with gamma 2; give --eta, or --measure-eta 10")
-    if args.method != "grpo" and args.teacher.startswith("runs/") and not Path(args.teacher).exists():
+    if args.method != "grpo" and not args.plan and args.teacher.startswith("runs/") and not Path(args.teacher).exists():
         raise common.UserError(f"the teacher {args.teacher!r} is not there yet: train it with --preset teacher, or name another with --teacher")
     ignored = {}
     if not uses_percentiles(args):
@@ -352,7 +352,8 @@ def main() -> None:
     args, given = common.parse_args(Args, PRESETS)
     check_settings(args, given)
     if args.plan:
-        return common.print_plan(args, None if args.method == "grpo" else args.teacher, len(contexts(args)), kept=len(contexts(args)))
+        teacher = args.teacher if Path(args.teacher).exists() or not args.teacher.startswith("runs/") else PRESETS["teacher"]["student"]
+        return common.print_plan(args, None if args.method == "grpo" else teacher, len(contexts(args)), kept=len(contexts(args)))
     common.start_distributed(args)
     run = common.Run("vgs", args)
     processor, teacher = common.Processor(args.student), None if args.method == "grpo" else args.teacher

@@ -53,7 +53,7 @@ FAULTS = [
      "response.ids, response.log_probs = response.ids + turn.ids, response.log_probs + [0.0] * len(turn.ids)\n        "
      "response.observations.append(Observation(len(response.ids), Prompt([], turn.pixels, turn.grid, turn.images), text, failed))",
      f"{TOOLS} -k turns"),
-    ("the image stays in a context without images", "common.py", 'content = [item for item in content if images or item["type"] == "text"]', "",
+    ("the image stays in a context without images", "common.py", 'content = [{"type": "image"}] * images + (', 'content = [{"type": "image"}] * max(images, marks) + (',
      f"{COMMON} -k user_message"),
     ("the padding rows of the heads are used", "common.py", "vocab = min([processor.vocab, student.vocab] +", "vocab = min([student.vocab] +", VGS),
     # ---------------------------------------------------------------------------------------------------- common.py: sampling
