@@ -1,7 +1,7 @@
-"""Worker of test_faults.py: runs of the methods' main(), in each of which one thing goes wrong on the last rank in the second step.
+"""Worker of test_faults.py: a method's main(), in which one thing goes wrong on the last rank in the second step.
 
-python tests/faulty.py RESULTS RUNS    with RUNS a JSON list of [method.py, fault, flags]. The first rank writes one JSON line a run to
-RESULTS: the two, and what main() ended with on each rank, whether any weight had moved, and how many updates were done.
+python tests/faulty.py RESULT METHOD.PY FAULT FLAGS...    When an update is refused the first rank writes to RESULT, as JSON, whether any weight
+had moved on each rank, and how many updates had been done.
 """
 
 import importlib
@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 
 clip_and_step, vocab_loss, load_models, group_advantages = common.clip_and_step, common.vocab_loss, common.load_models, common.group_advantages
-start_distributed = common.start_distributed
-state = {"fault": "", "updates": 0, "moved": None}
+state = {"fault": "", "updates": 0}
 
 
 def strikes(fault: str) -> bool:
@@ -60,7 +59,10 @@ def faulty_step(models, micros, names, limit):
     try:
         result = clip_and_step(models, micros, names, limit)
     except common.NotFinite:
-        state["moved"] = any(not torch.equal(a, common.shard(p)) for a, p in zip(before, models.student.parameters()))
+        moved = any(not torch.equal(a, common.shard(p)) for a, p in zip(before, models.student.parameters()))
+        found = common.all_gather_object((moved, state["updates"]))
+        if common.rank() == 0:
+            state["result"].write_text(json.dumps(dict(zip(("moved", "updates"), zip(*found)))))
         raise
     state["updates"] += 1
     return result
@@ -81,32 +83,13 @@ def faulty_advantages(rewards, group):
     return group_advantages(torch.where(torch.arange(len(rewards)) == 1, math.nan, rewards) if strikes("reward-nan") else rewards, group)
 
 
-def start_once(args) -> None:
-    if not torch.distributed.is_initialized():
-        start_distributed(args)
-
-
 def main() -> None:
-    results, runs = sys.argv[1], json.loads(sys.argv[2])
+    _, result, script, state["fault"], *argv = sys.argv
     common.clip_and_step, common.vocab_loss, common.load_models, common.group_advantages = faulty_step, faulty_loss, faulty_models, faulty_advantages
-    common.start_distributed, common.training_state = start_once, perishing("save", common.training_state)
+    common.training_state = perishing("save", common.training_state)
     common.HFEngine.generate = perishing("rollout", common.HFEngine.generate)
-    for script, fault, argv in runs:  # die-*, hang-*: one a process
-        state.update(fault=fault, updates=0, moved=None)
-        sys.argv = [script, *argv]
-        try:
-            importlib.import_module(script.removesuffix(".py")).main()
-            said = ""
-        except SystemExit as e:
-            said = str(e.code)
-        found = common.all_gather_object([said, state["moved"], state["updates"]])
-        if common.rank() == 0:
-            with open(results, "a") as f:
-                f.write(json.dumps([script, fault, {key: [each[i] for each in found] for i, key in enumerate(("said", "moved", "updates"))}]) + "\n")
-
-
-    torch.distributed.barrier()
-    os._exit(0)  # several runs of one process leave behind more of gloo's threads than end well by themselves
+    state["result"], sys.argv = Path(result), [script, *argv]
+    importlib.import_module(script.removesuffix(".py")).main()
 
 
 if __name__ == "__main__":

@@ -24,41 +24,31 @@ RUNS = {
 FAULTS = ("loss-nan", "loss-inf", "gradient-nan", "gradient-inf", "teacher-nan", "reward-nan")
 
 
-@pytest.fixture(scope="module")
-def ended(tiny, tmp_path_factory) -> dict:
-    """What became of every run with a fault, on two ranks: (script, fault) -> what faulty.py wrote, and the run's folder."""
+QUICK = ("loss-nan", "reward-nan", "teacher-nan", "gradient-inf", "loss-inf")  # the one of each method that the gate runs
+GRID = [(script, fault) for script, settings in RUNS.items() for fault in FAULTS if fault != "reward-nan" or "group" in settings]
+
+
+@pytest.mark.parametrize("script, fault", [pytest.param(*of, marks=[pytest.mark.slow] * (of not in zip(RUNS, QUICK))) for of in GRID])
+def test_nothing_that_is_not_finite_reaches_the_weights(script, fault, tiny, tmp_path):
+    """On one of two ranks only, in the second step: both stop there, no weight moves, and rank and quantity are named."""
     import datasets
 
     rows = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
-    rows.select_columns(["text_problem", "answer"]).to_parquet(tiny / "text.parquet")
-    folder, runs = tmp_path_factory.mktemp("faults"), []
-    for script, settings in RUNS.items():
-        settings = {key: tiny / value if value in ("text-only", "text.parquet") else value for key, value in settings.items()}
-        for fault in FAULTS:
-            if fault != "reward-nan" or "group" in settings:
-                quiet = dict(max_steps=2, eval_data="", eval_split=None, eval_rows=None, eval_every=None)
-                runs.append((script, fault, flags(tiny, folder / f"{script}-{fault}", **settings | quiet)))
-    result = run_script("tests/faulty.py", folder / "results", json.dumps(runs), torchrun=2)
-    assert result.returncode == 0, result.stderr
-    found = [json.loads(line) for line in (folder / "results").read_text().splitlines()]
-    assert len(found) == len(runs) == 28
-    return {(script, fault): (what, folder / f"{script}-{fault}") for script, fault, what in found}
-
-
-@pytest.mark.parametrize("script", RUNS)
-def test_nothing_that_is_not_finite_reaches_the_weights(ended, script):
-    """On one of two ranks only, in the second step: both stop there, no weight moves, and rank and quantity are named."""
-    for (of, fault), (found, folder) in ended.items():
-        if of != script:
-            continue
-        assert found["moved"] == [False, False] and found["updates"] == [1, 1] and found["said"][0] == found["said"][1], (fault, found)
-        quantity = {"loss": r"rank 1: \w+ \(from row \d+\)", "gradient": "rank 1: gradient of ", "teacher": r"rank 1: .*(hidden states of teacher 0|log_q) \(",
-                    "reward": r"rank 1: advantage \("}[fault.split("-")[0]]
-        assert "step 2: not finite: " in found["said"][0] and re.search(quantity, found["said"][0]), (fault, found)
-        folder = folder / "rl" if script == "vold.py" else folder
-        batches = [torch.load(folder / f"not-finite-rank-{r}.pt") for r in range(2)]
-        assert all({"rows", "batch", "ids", "terms", "weights"} <= micro.keys() for batch in batches for micro in batch)
-        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1 and not (folder / "final").exists()
+    rows.select_columns(["text_problem", "answer"]).to_parquet(tmp_path / "text.parquet")
+    places = {"text-only": tiny / "text-only", "text.parquet": tmp_path / "text.parquet"}
+    settings = {key: places.get(value, value) for key, value in RUNS[script].items()}
+    argv = flags(tiny, tmp_path / "run", **settings | dict(max_steps=2, eval_data="", eval_split=None, eval_rows=None, eval_every=None))
+    result = run_script("tests/faulty.py", tmp_path / "result", script, fault, *argv, torchrun=2)
+    assert result.returncode != 0, result.stderr
+    found = json.loads((tmp_path / "result").read_text())
+    assert found["moved"] == [False, False] and found["updates"] == [1, 1]
+    quantity = {"loss": r"rank 1: \w+ \(from row \d+\)", "gradient": "rank 1: gradient of ", "teacher": r"rank 1: .*(hidden states of teacher 0|log_q) \(",
+                "reward": r"rank 1: advantage \("}[fault.split("-")[0]]
+    assert "step 2: not finite: " in result.stderr and re.search(quantity, result.stderr), result.stderr
+    folder = tmp_path / "run" / ("rl" if script == "vold.py" else "")
+    batches = [torch.load(folder / f"not-finite-rank-{r}.pt") for r in range(2)]
+    assert all({"rows", "batch", "ids", "terms", "weights"} <= micro.keys() for batch in batches for micro in batch)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1 and not (folder / "final").exists()
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f"{how}-{where}", marks=[pytest.mark.slow] * (f"{how}-{where}" != "die-update"))
@@ -67,7 +57,7 @@ def test_nobody_waits_for_a_dead_rank(fault, tiny, tmp_path):
     """One of two ranks is killed, or stops without a word: the run ends within a minute, says so, and leaves no process and no torn checkpoint."""
     argv = flags(tiny, tmp_path / "run", max_steps=4, eval_data="", eval_split=None, eval_rows=None, eval_every=None, timeout=0.2, save_every=1)
     start = time.monotonic()
-    result = run_script("tests/faulty.py", tmp_path / "results", json.dumps([("vgs.py", fault, argv)]), torchrun=2)
+    result = run_script("tests/faulty.py", tmp_path / "result", "vgs.py", fault, *argv, torchrun=2)
     assert result.returncode != 0 and time.monotonic() - start < 90  # start-up included; torchrun gives a hanging process 30 seconds
     assert "rank 0 has lost the others" in result.stderr if "hang" in fault else "Signal 9 (SIGKILL)" in result.stderr, result.stderr
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read(p)]
