@@ -214,7 +214,10 @@ def start_distributed(args: Args) -> None:
 
 
 def launch(main) -> None:
-    """Run a method's main(). Where NCCL ends the process by itself, its own message stands. What else ends it for reasons outside of it is said without a traceback; the ranks part only when all have finished."""
+    """Run a method's main(); the ranks part only when all have finished.
+
+    What ends it for reasons outside of it is said without a traceback. Where NCCL ends the process by itself, its own message stands.
+    """
     try:
         main()
     except KeyboardInterrupt:
@@ -551,9 +554,11 @@ class Processor:
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
         added = self.tokenizer.added_tokens_decoder.values()
         self.control = [token.content for token in added if token.special]
-        with contextlib.suppress(Exception):  # a template that cannot do this much is named when the first row is read
-            around = self.render(Context([user_message("a", 0)]))  # some families mark turns by tokens that they do not call special
-            self.control += [token.content for token in added if token.content in around and not token.special]
+        try:
+            around = self.render(Context([user_message("a", 0)]))
+        except Exception as e:  # whatever a template raises
+            raise UserError(f"the chat template of {name!r} cannot show a question ({e}): choose a checkpoint that has one") from None
+        self.control += [token.content for token in added if token.content in around and not token.special]  # some families mark turns by such
 
     @property
     def patch(self) -> int:
@@ -1817,6 +1822,7 @@ def not_finite(student: nn.Module, micros: list[Micro], names: tuple[str, ...]) 
         bad = [name for name, p in student.named_parameters() if p.grad is not None and not shard(p.grad).isfinite().all()]
         found = {name: f"gradient of {name}" for name in bad[:1]}
     return list(found.values())
+
 
 # ====================================================================================================== run folder
 class Records:

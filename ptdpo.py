@@ -99,8 +99,8 @@ class Args(common.Args):
     hint_attempts: int = 3  # times a hint is written anew after the check rejected it
 
 
-DATA = ("preset", "output", "seed", "engine", "dtype", "rollout_batch", "max_response", "temperature", "skip_bad_rows", "column_problem",
-        "column_images", "column_answer", "column_hint", "column_solution")
+DATA = ("preset", "output", "seed", "timeout", "engine", "tensor_parallel", "vllm_memory", "dtype", "rollout_batch", "max_response",
+        "temperature", "skip_bad_rows", "column_problem", "column_images", "column_answer", "column_hint", "column_solution")
 READ_BY_HINTS = (*DATA, "make_hints", "hint_model", "hint_endpoint", "hint_attempts", "data", "data_split")
 READ_BY_ANALYSIS = (*DATA, "analyze", "student", "eval_data", "eval_split", "eval_rows", "group", "blind_tutor", "top_p", "top_k", "micro_tokens",
                     "loss_chunk", "max_prompt")

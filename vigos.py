@@ -95,8 +95,8 @@ class Args(common.Args):
 
 
 READ_BY_PALR = ("palr", "wrong_answers", "column_wrong", "wrong_samples", "column_reference", "preset", "student", "teacher", "eval_data", "eval_split", "eval_rows",
-                "column_problem", "column_images", "column_answer", "skip_bad_rows", "engine", "rollout_batch", "temperature", "top_p", "top_k", "max_prompt",
-                "max_response", "micro_tokens", "loss_chunk", "dtype", "output", "seed")
+                "column_problem", "column_images", "column_answer", "skip_bad_rows", "timeout", "engine", "tensor_parallel", "vllm_memory",
+                "rollout_batch", "temperature", "top_p", "top_k", "max_prompt", "max_response", "micro_tokens", "loss_chunk", "dtype", "output", "seed")
 
 
 # ====================================================================================================== contexts

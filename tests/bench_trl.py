@@ -2,14 +2,12 @@
 
     pip install trl torchvision && python tests/bench_trl.py      (without a GPU: PYTHONPATH=tests/vllm_cpu python ...)
 
-The models are the toy's, their vocabularies brought to one size, as TRL wants it: the student's, and a larger one. Both sample 64 responses of exactly 64 tokens to the same questions about
-images (the end token is banned), in float32, and put 64 sequences through the models at once. Each runs in a process of its own; steps 5 to
+The models are the toy's, their vocabularies brought to one size, as TRL wants it: the student's, and a larger one. Both sample 64 responses of
+exactly 64 tokens to the same questions about images (the end token is banned), in float32, and put 64 sequences through the models at once. Each runs in a process of its own; steps 5 to
 20 count. Peak memory is the process's, less what it held before the models were loaded.
 """
 
 import json
-import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -21,18 +19,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from peak import peak, resident  # noqa: E402
+
 import common  # noqa: E402
 import vgs  # noqa: E402
 
 STEPS, FIRST, BATCH, LENGTH = 20, 5, 64, 64
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak() -> int:
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def ours(student: str, teacher: str, rows) -> tuple[list[float], int, int]:

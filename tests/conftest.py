@@ -35,6 +35,7 @@ def make_tiny(folder: Path, family: str = "qwen3_vl") -> None:
     rows = toy.make_rows(digits.images, digits.target, 24, seed=0)
     features = datasets.Features({key: datasets.List(datasets.Image()) if key == "images" else datasets.Value("string") for key in rows[0]})
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "rows.parquet")
+    datasets.Dataset.from_list([{key: row[key] for key in ("text_problem", "answer")} for row in rows]).to_parquet(folder / "text.parquet")
     toy.write(toy.conflicts(digits.images, digits.target, rows[:4], seed=0), folder / "conflict")
     texts = [row["problem"] + row["text_problem"] + toy.respond(row, "reason") for row in rows]
     tokenizer = toy.make_tokenizer(texts)
@@ -70,6 +71,11 @@ def flags(tiny: Path, output: Path | None = None, **changes) -> list[str]:
     values = dict(preset="toy", student=tiny / "student", teacher=tiny / "teacher", data=tiny / "rows.parquet", eval_data=tiny / "rows.parquet",
                   eval_split="train", prompts=4, max_steps=2, max_response=12, micro_tokens=300, eval_rows=4, eval_every=0, output=output) | changes
     return [part for key, value in values.items() if value is not None for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def in_tiny(tiny: Path, settings: dict) -> dict:
+    """Settings of a test's table, in which the text-only model and rows are named alone."""
+    return {key: tiny / value if value in ("text-only", "text.parquet") else value for key, value in settings.items()}
 
 
 METHODS = ("vgs.py", "vold.py", "ptdpo.py", "vigos.py", "reopold.py")

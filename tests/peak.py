@@ -18,6 +18,11 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def peak() -> int:
+    """Of this process alone; ru_maxrss is its parent's as well."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def main() -> None:
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     args = vgs.Args(student=str(folder / "student"), teacher=str(folder / "teacher"), dtype="float32", max_prompt=60, max_response=190, loss_chunk=128,
@@ -35,9 +40,8 @@ def main() -> None:
         micros = vgs.score(samples, models, args)
         vgs.weigh(micros, args, 1.0)
         vgs.update(micros, models, args)
-    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before  # of this process; ru_maxrss is its parent's as well
     need = common.plan_memory(args, args.teacher, len(vgs.contexts(args)), len(vgs.contexts(args)))
-    print(json.dumps({"measured": peak, "planned": sum(training for _, training in need.values()), "parts": {name: v[1] for name, v in need.items()},
+    print(json.dumps({"measured": peak() - before, "planned": sum(training for _, training in need.values()), "parts": {name: v[1] for name, v in need.items()},
                       "parameters": [sum(p.numel() for p in models.student.parameters()), common.sizes_of(args.student, args).parameters]}))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, run_script
+from conftest import flags, in_tiny, run_script
 
 import common
 import vgs
@@ -22,8 +22,6 @@ RUNS = {
     "reopold.py": dict(updates=1),
 }
 FAULTS = ("loss-nan", "loss-inf", "gradient-nan", "gradient-inf", "teacher-nan", "reward-nan")
-
-
 QUICK = ("loss-nan", "reward-nan", "teacher-nan", "gradient-inf", "loss-inf")  # the one of each method that the gate runs
 GRID = [(script, fault) for script, settings in RUNS.items() for fault in FAULTS if fault != "reward-nan" or "group" in settings]
 
@@ -31,13 +29,7 @@ GRID = [(script, fault) for script, settings in RUNS.items() for fault in FAULTS
 @pytest.mark.parametrize("script, fault", [pytest.param(*of, marks=[pytest.mark.slow] * (of not in zip(RUNS, QUICK))) for of in GRID])
 def test_nothing_that_is_not_finite_reaches_the_weights(script, fault, tiny, tmp_path):
     """On one of two ranks only, in the second step: both stop there, no weight moves, and rank and quantity are named."""
-    import datasets
-
-    rows = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
-    rows.select_columns(["text_problem", "answer"]).to_parquet(tmp_path / "text.parquet")
-    places = {"text-only": tiny / "text-only", "text.parquet": tmp_path / "text.parquet"}
-    settings = {key: places.get(value, value) for key, value in RUNS[script].items()}
-    argv = flags(tiny, tmp_path / "run", **settings | dict(max_steps=2, eval_data="", eval_split=None, eval_rows=None, eval_every=None))
+    argv = flags(tiny, tmp_path / "run", **in_tiny(tiny, RUNS[script]) | dict(max_steps=2, eval_data="", eval_split=None, eval_rows=None, eval_every=None))
     result = run_script("tests/faulty.py", tmp_path / "result", script, fault, *argv, torchrun=2)
     assert result.returncode != 0, result.stderr
     found = json.loads((tmp_path / "result").read_text())

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import flags, run_script
+from conftest import flags, in_tiny, run_script
 
 RUNS = {
     "vgs.py": ("std", dict()),
@@ -23,13 +23,8 @@ GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 @pytest.mark.parametrize("runs", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["once", "twice"])
 @pytest.mark.parametrize("script", RUNS)
 def test_ten_steps(script, runs, tiny, tmp_path):
-    import datasets
-
-    rows = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
-    rows.select_columns(["text_problem", "answer"]).to_parquet(tmp_path / "text.parquet")
     loss, settings = RUNS[script]
-    places = {"text-only": tiny / "text-only", "text.parquet": tmp_path / "text.parquet"}
-    settings = {key: places.get(value, value) for key, value in settings.items()} | dict(eval_data="", eval_split=None, eval_rows=None, eval_every=None)
+    settings = in_tiny(tiny, settings) | dict(eval_data="", eval_split=None, eval_rows=None, eval_every=None)
     found = []
     for name in ("one", "two")[:runs]:
         result = run_script(script, *flags(tiny, tmp_path / name, max_steps=10, lr=1e-3, **settings))

@@ -1,5 +1,6 @@
 """Bad settings and bad data: a clear error that names the thing and the remedy, before any model is loaded."""
 
+import importlib
 import json
 import shutil
 
@@ -220,3 +221,11 @@ def test_a_copy_without_toy_says_what_is_missing(tmp_path):
 @pytest.mark.parametrize("script, argv", [("vgs.py", "--analyze"), ("vold.py", "--stage traces"), ("vigos.py", "--palr"), ("ptdpo.py", "--analyze")])
 def test_adapters_are_refused_where_nothing_is_trained(script, argv):
     assert "--lora would have no effect" in refusal(script, ["--preset", "toy", *argv.split(), "--lora", "4"])
+
+
+@pytest.mark.parametrize("script, mode", [("ptdpo", "--make-hints --hint-model x"), ("ptdpo", "--analyze"), ("vigos", "--palr"), ("vgs", "--analyze"), ("vold", "--stage traces")])
+def test_how_long_ranks_wait_can_be_said_where_nothing_is_trained(script, mode):
+    method = importlib.import_module(script)
+    args, given = common.parse_args(method.Args, method.PRESETS, ["--preset", "toy", *mode.split(), "--timeout", "90"])
+    method.check_settings(args, given)
+    assert args.timeout == 90

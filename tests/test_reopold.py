@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from conftest import flags, run_script
@@ -143,9 +142,7 @@ def test_real_runs(tiny, tmp_path, changes):
 
 
 def test_text_alone_on_two_ranks(tiny, tmp_path):
-    rows = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
-    rows.select_columns(["text_problem", "answer"]).to_parquet(tmp_path / "text.parquet")
-    changes = dict(student=tiny / "text-only", teacher=tiny / "text-only", data=tmp_path / "text.parquet", eval_data=tmp_path / "text.parquet", column_problem="text_problem",
+    changes = dict(student=tiny / "text-only", teacher=tiny / "text-only", data=tiny / "text.parquet", eval_data=tiny / "text.parquet", column_problem="text_problem",
                    lr=1e-9)
     result = run_script("reopold.py", *flags(tiny, tmp_path / "run", **changes), torchrun=2)
     assert result.returncode == 0, result.stderr

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, distance, flags, run_script
+from conftest import ROOT, distance, flags, in_tiny, run_script
 from safetensors.torch import load_file
 
 VOLD = dict(teacher="text-only", data="text.parquet", eval_data=None, eval_split=None, eval_rows=None, eval_every=None, sft_batch=4, sft_steps=4,
@@ -26,17 +26,8 @@ METHODS = {
 
 def command(tiny, output, name, **changes) -> tuple[str, list[str]]:
     script, settings = METHODS[name]
-    settings = {key: tiny / value if value in ("text-only", "text.parquet") else value for key, value in settings.items()}
-    argv = flags(tiny, output, **{"prompts": 4, "max_steps": 4, "save_every": 2, "lr": 1e-3} | settings | changes)
+    argv = flags(tiny, output, **{"prompts": 4, "max_steps": 4, "save_every": 2, "lr": 1e-3} | in_tiny(tiny, settings) | changes)
     return script, [f"--no-{argv[i][2:]}" if argv[i + 1 : i + 2] == ["False"] else part for i, part in enumerate(argv) if part != "False"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def text_rows(tiny):
-    import datasets
-
-    rows = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
-    rows.select_columns(["text_problem", "answer"]).to_parquet(tiny / "text.parquet")
 
 
 def done(result) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, run_script
+from conftest import flags, in_tiny, run_script
 
 import common
 import reopold
@@ -127,11 +127,7 @@ def test_responses_of_several_turns(engine, student, tiny_rows):
     ("vgs.py", dict(tensor_parallel=2)),
 ], ids=["vgs", "GRPO", "text-only teacher", "several turns", "tensor parallel"])
 def test_two_ranks_train_with_it(tiny, tmp_path, script, changes):
-    import datasets
-
-    rows = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
-    rows.select_columns(["text_problem", "answer"]).to_parquet(tiny / "text.parquet")
-    changes = {key: tiny / value if value in ("text-only", "text.parquet") else value for key, value in changes.items()}
+    changes = in_tiny(tiny, changes)
     result = run_script(script, *flags(tiny, tmp_path / "run", **{"engine": "vllm", "max_prompt": 1000} | changes), torchrun=2, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
     (metrics,) = (tmp_path / "run").rglob("metrics.jsonl")
