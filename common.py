@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -850,12 +851,13 @@ def shard(parameter: Tensor) -> Tensor:
 
 
 def load_model(name: str, args: Args, trained: bool) -> Model:
-    """Load a checkpoint and shard it over all ranks (FSDP2). Of a trained one all weights are float32, a frozen one is in the compute dtype."""
+    """Load a checkpoint and shard it over all ranks (FSDP2). Of a trained one all weights are at least float32, a frozen one is in the compute dtype."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     say(f"loading {name}")
     dtype = getattr(torch, args.dtype)
-    model = Model(name, torch.float32 if trained else dtype).requires_grad_(trained)
+    wide = torch.promote_types(dtype, torch.float32)
+    model = Model(name, wide if trained else dtype).requires_grad_(trained)
     if trained and args.lora:
         model.add_lora(args.lora, args.lora_targets, args.seed)
     if trained and args.freeze_vision and hasattr(model.lm.model, "visual"):
@@ -863,7 +865,7 @@ def load_model(name: str, args: Args, trained: bool) -> Model:
     if trained and args.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable()
         model.lm.train()  # transformers checkpoints only in training mode; these models have no dropout unless their config says so
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
     if world_size() % args.replicas:
         raise UserError(f"--replicas {args.replicas} does not divide the {world_size()} ranks")
     shape, names = ((world_size(),), ("shard",)) if args.replicas == 1 else ((args.replicas, world_size() // args.replicas), ("replicate", "shard"))
@@ -1151,6 +1153,7 @@ def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, cont
     """One answer a context from an OpenAI-compatible endpoint, eight at a time; None where it refuses the request.
 
     Overload and outages are waited for, up to a minute. Raises UserError after that, and where the key or the address is wrong.
+    What the server says of an error is shown, unless it quotes the request: that holds the rows' answers.
     """
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
     stopped = threading.Event()
@@ -1167,7 +1170,7 @@ def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, cont
                     choice = json.load(answer)["choices"][0]
                     return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
             except urllib.error.HTTPError as e:
-                said = f"{e.code} {e.read().decode(errors='replace')[:300]}"
+                said = f"{e.code} {without_quotes(e.read().decode(errors='replace'), messages)[:300]}"
                 if e.code in (401, 403, 404):
                     raise UserError(f"{url} refused: {said}. Look at the address, at --hint-model and at OPENAI_API_KEY") from None
                 if e.code < 500 and e.code not in (408, 429):
@@ -1188,6 +1191,15 @@ def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, cont
     finally:
         stopped.set()  # at an error or Ctrl-C: nobody waits out his minute
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def without_quotes(said: str, messages: list[dict], length: int = 16) -> str:
+    """What a server said; where any `length` characters of it stand in the messages too, only that it quoted them."""
+    texts = [c.get("text", "") for m in messages for c in (m["content"] if isinstance(m["content"], list) else [{"type": "text", "text": m["content"]}])]
+    sent = " ".join("\n".join([*texts, json.dumps(texts)]).split())  # as text and as JSON: either may come back
+    said = " ".join(said.split())
+    quoted = any(said[i : i + length] in sent for i in range(len(said) - length + 1))
+    return "(its explanation quotes the request, which may hold a row's answer, and is not shown)" if quoted else said
 
 
 def as_data_url(image) -> str:
@@ -1945,7 +1957,10 @@ class Run:
             elif self.args.tracker == "wandb":
                 import wandb
 
-                self.tracker = wandb.init(project="cleanopd", name=str(self.path), dir=str(self.path), config=self.settings())
+                name = self.path / "wandb-id"  # a run that is resumed goes on in its own curves
+                if self.state is None or not name.exists():
+                    name.write_text(secrets.token_hex(4))
+                self.tracker = wandb.init(project="cleanopd", name=str(self.path), dir=str(self.path), config=self.settings(), id=name.read_text(), resume="allow")
 
     def clear(self, done: int) -> None:
         """Remove what a run that was killed left behind step `done`: lines, and checkpoints that are not whole."""

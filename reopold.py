@@ -270,7 +270,8 @@ def statistics(micros: list[Micro], args: Args) -> dict:
     log |= {"log_ratio": rest[4] / tokens, "below_floor": rest[5] / tokens}
     counts = common.all_sum(torch.bincount(torch.bucketize(reward, EDGES.to(reward.device)), minlength=len(EDGES) + 1).float())
     bins = torch.bucketize(named["entropy"], common.quantile(named["entropy"], torch.linspace(0.1, 0.9, 9)))  # bin 0: the surest tenth
-    count, total = common.all_sum(torch.zeros(2, 10, device=bins.device).index_add_(1, bins, torch.stack([one, reward.abs()])))
+    values = torch.stack([one, reward.abs()])
+    count, total = common.all_sum(values.new_zeros(2, 10).index_add_(1, bins, values))
     return log | {"log_ratio_histogram": (counts / tokens).tolist(), "log_ratio_by_entropy": (total / count.clamp(min=1)).tolist()}
 
 

@@ -130,11 +130,12 @@ def refusal(script: str, argv: list) -> str:
     return result.stderr + result.stdout
 
 
-def layout_gradients(tiny: Path, tmp_path: Path, layouts: list, machines: int = 1) -> list[dict]:
+def layout_gradients(tiny: Path, tmp_path: Path, layouts: list, machines: int = 1, dtype: str = "float32") -> list[dict]:
     """Gradients of one update on fixed rollouts (gradients.py), one a layout; all layouts are for the same number of ranks.
 
-    machines: as many torchrun agents, which find each other by their rendezvous as on different machines.
+    machines: as many torchrun agents, which find each other by their rendezvous as on different machines. dtype: of the whole update.
     """
+    layouts = [(*layout, settings | {"dtype": dtype}) for *layout, settings in layouts]
     ranks, argv = len(layouts[0][0]), ["tests/gradients.py", tiny, tmp_path / "gradients.pt", json.dumps(layouts)]
     if machines == 1:
         results = [run_script(*argv, torchrun=ranks if ranks > 1 else 0)]

@@ -61,7 +61,7 @@ def stale(log_p, ids):
 
 
 def vgs_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
-    args = vgs.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", lambda_lp=0.5, micro_tokens=micro, loss_chunk=chunk,
+    args = vgs.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", lambda_lp=0.5, micro_tokens=micro, loss_chunk=chunk,
                     group=2, **settings)
     models = common.load_models(args, processor, args.teacher, updates=1)
     micros = vgs.score(mine(fixed_samples(processor, rows, 8), shares), models, args)
@@ -74,7 +74,7 @@ def vgs_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
 
 
 def ptdpo_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
-    args = ptdpo.Args(student=f"{tiny}/student", dtype="float32", micro_tokens=micro, loss_chunk=chunk, group=2, **settings)
+    args = ptdpo.Args(student=f"{tiny}/student", micro_tokens=micro, loss_chunk=chunk, group=2, **settings)
     ptdpo.check_settings(args, set())
     models = common.load_models(args, processor, args.student, updates=1)
     with torch.no_grad():  # the student has moved on from the reference
@@ -93,7 +93,7 @@ def ptdpo_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dic
 
 
 def vold_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
-    args = vold.Args(student=f"{tiny}/student", teacher=f"{tiny}/tagged", dtype="float32", freeze_vision=True, micro_tokens=micro, loss_chunk=chunk, group=2,
+    args = vold.Args(student=f"{tiny}/student", teacher=f"{tiny}/tagged", freeze_vision=True, micro_tokens=micro, loss_chunk=chunk, group=2,
                      **settings)
     teacher = common.Processor(args.teacher)
     reader = vold.Reader(teacher, vold.tags_of(processor, teacher)) if vold.distils(args) else None
@@ -112,7 +112,7 @@ def vold_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict
 
 
 def vigos_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
-    args = vigos.Args(student=f"{tiny}/student", dtype="float32", micro_tokens=micro, loss_chunk=chunk, **settings)
+    args = vigos.Args(student=f"{tiny}/student", micro_tokens=micro, loss_chunk=chunk, **settings)
     models = common.load_models(args, processor, args.student, updates=1)
     with torch.no_grad():  # the student has moved on from the initial model
         for name, parameter in models.student.named_parameters():
@@ -133,7 +133,7 @@ def vigos_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dic
 def reopold_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
     settings = dict(settings)
     done = settings.pop("progress", 0.0)  # share of the run's steps that is behind it
-    args = reopold.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", dtype="float32", micro_tokens=micro, loss_chunk=chunk, **settings)
+    args = reopold.Args(student=f"{tiny}/student", teacher=f"{tiny}/teacher", micro_tokens=micro, loss_chunk=chunk, **settings)
     models = common.load_models(args, processor, args.teacher, updates=1)
     micros = reopold.score(mine(fixed_samples(processor, rows, 8, "reopold", settings), shares), models, args)
     reopold.remember(micros, models, args)

@@ -1,4 +1,7 @@
-"""World size, micro-batch size and chunk size change nothing: gradients on fixed rollouts agree to 1e-6 relative in float32."""
+"""World size, micro-batch size and chunk size change nothing: gradients on fixed rollouts agree to 1e-6 relative in float32.
+
+That the gradient is the right one: test_*_exact.py, in float64. What float32 itself costs: the last test of gradients here.
+"""
 
 import json
 
@@ -56,6 +59,12 @@ def test_the_other_shapes_of_batch_too(gradients, shares, other):
         assert all(two["log"][key] == pytest.approx(value, rel=1e-5) for key, value in one["log"].items())
     else:
         assert two["eta"] == (None if other[1]["method"] == "standard" else pytest.approx(one["eta"], rel=1e-5))
+
+
+def test_float32_has_the_gradient_of_float64(gradients, tiny, tmp_path):
+    others = [([8], SOME, 7, *other) for other in OTHER]
+    for layout, exact in zip(others, layout_gradients(tiny, tmp_path, others, dtype="float64")):
+        assert distance(gradients[str(layout)]["gradient"], exact["gradient"]) < 4e-6, layout
 
 
 def test_two_machines_have_the_gradient_of_one(gradients, tiny, tmp_path):

@@ -43,18 +43,21 @@ def test_nothing_that_is_not_finite_reaches_the_weights(script, fault, tiny, tmp
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1 and not (folder / "final").exists()
 
 
-@pytest.mark.parametrize("fault", [pytest.param(f"{how}-{where}", marks=[pytest.mark.slow] * (f"{how}-{where}" != "die-update"))
-                                   for how in ("die", "hang") for where in ("rollout", "update", "save")])
-def test_nobody_waits_for_a_dead_rank(fault, tiny, tmp_path):
+DEATHS = [(script, f"{how}-{where}") for script in RUNS for how in ("die", "hang") for where in ("rollout", "update", "save")]
+
+
+@pytest.mark.parametrize("script, fault", [pytest.param(*of, marks=[pytest.mark.slow] * (of != ("vgs.py", "die-update"))) for of in DEATHS])
+def test_nobody_waits_for_a_dead_rank(script, fault, tiny, tmp_path):
     """One of two ranks is killed, or stops without a word: the run ends within a minute, says so, and leaves no process and no torn checkpoint."""
-    argv = flags(tiny, tmp_path / "run", max_steps=4, eval_data="", eval_split=None, eval_rows=None, eval_every=None, timeout=0.2, save_every=1)
+    changes = dict(max_steps=4, eval_data="", eval_split=None, eval_rows=None, eval_every=None, timeout=0.2, save_every=1)
+    argv = flags(tiny, tmp_path / "run", **in_tiny(tiny, RUNS[script]) | changes)
     start = time.monotonic()
-    result = run_script("tests/faulty.py", tmp_path / "result", "vgs.py", fault, *argv, torchrun=2)
+    result = run_script("tests/faulty.py", tmp_path / "result", script, fault, *argv, torchrun=2)
     assert result.returncode != 0 and time.monotonic() - start < 90  # start-up included; torchrun gives a hanging process 30 seconds
     assert "rank 0 has lost the others" in result.stderr if "hang" in fault else "Signal 9 (SIGKILL)" in result.stderr, result.stderr
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read(p)]
     assert not left
-    saved = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-?")]
+    saved = [p.name for p in (tmp_path / "run").rglob("checkpoints/step-?")]
     assert saved == ([] if "save" in fault else ["step-1"])
 
 

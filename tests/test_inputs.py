@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import sys
+import types
 
 import pytest
 from conftest import ROOT, flags, refusal, run_script
@@ -191,6 +193,21 @@ def test_a_tracker_that_is_not_installed_leaves_no_folder(tiny, tmp_path, monkey
     with pytest.raises(common.UserError, match="pip install wandb"):
         common.Run("vgs", common.Args(output=str(tmp_path / "run"), tracker="wandb"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_goes_on_in_its_own_curves(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: begun.append(how)))
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: True)
+    state = tmp_path / "run" / "checkpoints" / "step-1" / "state"
+    for saved in (False, False, True):
+        if saved:
+            state.mkdir(parents=True)
+            for name in (".metadata", "progress.json"):
+                (state / name).write_text("{}")
+        common.Run("vgs", common.Args(output=str(tmp_path / "run"), tracker="wandb", resume="auto")).begin("")
+    first, anew, resumed = (how["id"] for how in begun)
+    assert first != anew == resumed and all(how["resume"] == "allow" for how in begun)
 
 
 def test_missing_checkpoint_is_named(tiny, tmp_path):

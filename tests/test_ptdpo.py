@@ -361,13 +361,13 @@ def test_make_hints_with_an_endpoint_and_goes_on_where_it_stopped(tiny, tmp_path
     assert other.returncode != 0 and "choose another --output" in other.stderr
 
 
-def test_an_endpoint_that_refuses_one_request_costs_one_row():
+def test_an_endpoint_that_refuses_one_request_costs_one_row(capsys):
     import http.server
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
-            self.send_response({"filtered": 400, "no key": 401}.get(text, 200))
+            self.send_response({"filtered, and repeated": 400, "no key": 401}.get(text, 200))
             self.end_headers()
             self.wfile.write(json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "length" if text == "long" else "stop"}]}).encode())
 
@@ -381,10 +381,22 @@ def test_an_endpoint_that_refuses_one_request_costs_one_row():
         contexts = [common.Context([{"role": "user", "content": text}]) for text in texts]
         return common.ask_endpoint(f"http://127.0.0.1:{server.server_port}", "any", 8, 1.0, contexts)
 
-    assert ask("one", "filtered", "long") == [("one", True), (None, True), ("long", False)]
+    assert ask("one", "filtered, and repeated", "long") == [("one", True), (None, True), ("long", False)]
+    said = capsys.readouterr().err
+    assert "refused one request: 400" in said and "repeated" not in said
     with pytest.raises(common.UserError, match="refused: 401"):
         ask("one", "no key")
     server.shutdown()
+
+
+@pytest.mark.parametrize("quote", [lambda text: text, lambda text: json.dumps({"input": text}), repr, lambda text: text[:30].replace(" ", "\n  ")])
+def test_an_error_that_quotes_the_request_is_not_shown(quote):
+    text = "The right answer, for you alone: Zürich ist 7½ km weit\nWrite a hint."
+    for content in (text, [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": "data:"}}]):
+        said = common.without_quotes(f"invalid value: {quote(text)}", [{"role": "system", "content": "Help."}, {"role": "user", "content": content}])
+        assert "Zürich" not in said and "for you alone" not in said and "quotes the request" in said
+    known = "The model `any` has a maximum context length of 4096 tokens. However, you requested 5000."
+    assert common.without_quotes(known, [{"role": "user", "content": text}]) == known and common.without_quotes("", []) == ""
 
 
 def test_figures_3_and_5_on_worked_examples():

@@ -47,7 +47,7 @@ def world(tiny):
 @pytest.fixture(scope="module")
 def results(tiny, tmp_path_factory):
     layouts = [([8], 500, 7, "reopold", settings) for settings in SETTINGS.values()]
-    return dict(zip(SETTINGS, layout_gradients(tiny, tmp_path_factory.mktemp("exact"), layouts)))
+    return dict(zip(SETTINGS, layout_gradients(tiny, tmp_path_factory.mktemp("exact"), layouts, dtype="float64")))
 
 
 def full_divergence(p, q, method, lam):
@@ -104,7 +104,7 @@ def test_whole_update(world, results, name):
     value, kept, tokens = loss(world, SETTINGS[name])
     expected = dict(zip([f"lm.{key}" for key, _ in student.named_parameters()], torch.autograd.grad(value, list(student.parameters()))))
     assert results[name]["kept"] == kept and (kept < tokens) == (name == "+3" or "share" in name or "Reopold" in name)
-    assert distance(results[name]["gradient"], expected) < 2e-6
+    assert distance(results[name]["gradient"], expected) < 1e-6
     log = results[name]["log"]
     assert log["kept"] == pytest.approx(kept / tokens) and ("later" not in name or log["clipped"] > 0)
     if name != "grpo":

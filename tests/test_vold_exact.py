@@ -38,7 +38,7 @@ def world(tiny):
 @pytest.fixture(scope="module")
 def results(tiny, tmp_path_factory):
     layouts = [([8], 500, 7, "vold", BASE | settings) for settings in SETTINGS.values()]
-    return dict(zip(SETTINGS, layout_gradients(tiny, tmp_path_factory.mktemp("exact"), layouts)))
+    return dict(zip(SETTINGS, layout_gradients(tiny, tmp_path_factory.mktemp("exact"), layouts, dtype="float64")))
 
 
 def log_q(world, i, sample, args):
@@ -94,6 +94,6 @@ def test_whole_update(world, results, name):
     trained = {key: p for key, p in model.named_parameters() if ".visual." not in key}
     expected = dict(zip([f"lm.{key}" for key in trained], torch.autograd.grad(loss(world, SETTINGS[name]), list(trained.values()))))
     assert set(results[name]["gradient"]) == set(expected)  # the frozen vision tower has none
-    assert distance(results[name]["gradient"], expected) < 2e-6
+    assert distance(results[name]["gradient"], expected) < 1e-6
     share = results[name]["share"]
     assert (share["grad_norm_distillation"] > 0) == (name != "GRPO alone") and share["grad_norm_grpo"] > 0
