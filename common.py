@@ -1089,7 +1089,12 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Give back all memory, for the engine of a next stage."""
-        self.llm.llm_engine.engine_core.shutdown()
+        end = dist.destroy_process_group
+        dist.destroy_process_group = lambda group=None: None if group is None else end(group)  # vLLM ends its own groups, and then all: ours too
+        try:
+            self.llm.llm_engine.engine_core.shutdown()
+        finally:
+            dist.destroy_process_group = end
 
     def wake(self) -> None:
         if self.asleep:

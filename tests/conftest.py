@@ -67,10 +67,11 @@ def tiny_rows(tiny) -> common.Rows:
 
 
 def flags(tiny: Path, output: Path | None = None, **changes) -> list[str]:
-    """A short run on the tiny models; changes override or add flags (None removes one)."""
+    """A short run on the tiny models; changes override or add flags (None removes one, False says --no-)."""
     values = dict(preset="toy", student=tiny / "student", teacher=tiny / "teacher", data=tiny / "rows.parquet", eval_data=tiny / "rows.parquet",
                   eval_split="train", prompts=4, max_steps=2, max_response=12, micro_tokens=300, eval_rows=4, eval_every=0, output=output) | changes
-    return [part for key, value in values.items() if value is not None for part in (f"--{key.replace('_', '-')}", str(value))]
+    named = [(key.replace("_", "-"), value) for key, value in values.items() if value is not None]
+    return [part for name, value in named for part in ([f"--no-{name}"] if value is False else [f"--{name}", str(value)])]
 
 
 def in_tiny(tiny: Path, settings: dict) -> dict:

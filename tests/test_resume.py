@@ -26,8 +26,7 @@ METHODS = {
 
 def command(tiny, output, name, **changes) -> tuple[str, list[str]]:
     script, settings = METHODS[name]
-    argv = flags(tiny, output, **{"prompts": 4, "max_steps": 4, "save_every": 2, "lr": 1e-3} | in_tiny(tiny, settings) | changes)
-    return script, [f"--no-{argv[i][2:]}" if argv[i + 1 : i + 2] == ["False"] else part for i, part in enumerate(argv) if part != "False"]
+    return script, flags(tiny, output, **{"prompts": 4, "max_steps": 4, "save_every": 2, "lr": 1e-3} | in_tiny(tiny, settings) | changes)
 
 
 def done(result) -> str:

@@ -120,18 +120,19 @@ def test_responses_of_several_turns(engine, student, tiny_rows):
 
 
 @pytest.mark.parametrize("script, changes", [
-    ("vgs.py", dict(max_steps=3)),
+    ("vigos.py", dict(max_steps=3, teacher=None, column_reference="solution", conflict_data="", lora=4, lora_targets="q_proj,v_proj")),
     ("ptdpo.py", dict(teacher=None, group=2)),
-    ("vold.py", dict(stage="rl", teacher="text-only", data="text.parquet", column_text="text_problem", group=2)),
+    ("vold.py", dict(teacher="text-only", data="text.parquet", column_text="text_problem", group=2, sft_batch=4, sft_steps=2, right_traces_only=False,
+                     trace_data="text.parquet", trace_column="text_problem", max_response=100)),
     ("reopold.py", dict(calls=2, updates=1)),
     ("vgs.py", dict(tensor_parallel=2)),
-], ids=["vgs", "GRPO", "text-only teacher", "several turns", "tensor parallel"])
+], ids=["LoRA", "GRPO", "both stages", "several turns", "tensor parallel"])
 def test_two_ranks_train_with_it(tiny, tmp_path, script, changes):
     changes = in_tiny(tiny, changes)
     result = run_script(script, *flags(tiny, tmp_path / "run", **{"engine": "vllm", "max_prompt": 1000} | changes), torchrun=2, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
-    (metrics,) = (tmp_path / "run").rglob("metrics.jsonl")
-    last = json.loads(metrics.read_text().splitlines()[-1])
+    folder = tmp_path / "run" / ("rl" if script == "vold.py" else "")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == changes.get("max_steps", 2) and last["sampler_gap"] < 0.1 and "engine vllm" in result.stdout
 
 
