@@ -141,9 +141,11 @@ def parse_args(cls, presets: dict[str, dict], argv: list[str] | None = None):
     for name in ("prompts", "group", "updates", "rollout_batch", "max_prompt", "max_response", "micro_tokens", "loss_chunk", "tensor_parallel", "replicas", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in (f.name for f in dataclasses.fields(args) if f.type is float):
-        if math.isnan(getattr(args, name)):
+    for name, value in vars(args).items():
+        if value != value:
             raise UserError(f"--{name.replace('_', '-')} is no number")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed is {args.seed}; it must lie in [0, 2^32)")
     for name in ("top_k", "max_steps", "warmup", "lora", "eval_every", "eval_rows", "eval_samples", "save_every", "log_samples", "plan"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
@@ -383,11 +385,11 @@ class Rows:
         return len(self.kept)
 
     def __getitem__(self, i: int) -> dict:
-        """Row i. Raises OSError or ValueError if an image cannot be read."""
+        """Row i. Raises ValueError if an image cannot be read."""
         raw = self.data[self.kept[i]]
         row = {ours: raw[theirs] for ours, theirs in self.columns.items() if theirs in raw} | {"index": self.kept[i]}
         if isinstance(row["problem"], list):  # a chat: its first user turn is the question
-            row["problem"] = next((turn["content"] for turn in row["problem"] if isinstance(turn, dict) and turn.get("role") == "user"), "")
+            row["problem"] = next((turn.get("content") for turn in row["problem"] if isinstance(turn, dict) and turn.get("role") == "user"), "")
         if "images" in row:
             images = row["images"] if isinstance(row["images"], list) else [row["images"]]
             row["images"] = [open_image(image, self.root) for image in images if image is not None]
@@ -403,15 +405,13 @@ class Rows:
         min_side: smallest image side in pixels, 0 where images are not needed. answers: must be non-empty.
         complaint: fn(row) -> what else is wrong with it, or None.
         """
-
-        from PIL import Image
         from tqdm import tqdm
 
         def wrong(i: int) -> str | None:
             try:
                 row = self[i]
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # PIL, on missing or unreadable files
-                return f"the image cannot be read ({e})"
+            except (OSError, ValueError) as e:
+                return str(e)
             if not isinstance(row["problem"] or "", str):
                 return f"the question is no text ({str(row['problem'])[:60]!r})"
             if not (row["problem"] or "").strip():
@@ -421,7 +421,8 @@ class Rows:
             for image in row["images"] if min_side else ():
                 if min(image.size) < min_side:
                     return f"an image is {image.width} x {image.height} pixels, smaller than a patch ({min_side})"
-            if answers and not str(row["answer"] if row["answer"] not in (None, []) else "").strip():
+            right = (row["answer"] or [""]) if isinstance(row.get("answer"), list) else [row.get("answer")]
+            if answers and any(one is None or one != one or not plain(extract_answer(str(one)) or str(one)) for one in right):  # NaN is not itself
                 return "the answer is empty, and this run needs it for its reward or evaluation"
             if answers and not any(boxed(f"\\boxed{{{one}}}") == (boxed(one) or one) for one in all_answers(row["answer"])):
                 return f"the answer {str(row['answer'])[:60]!r} cannot be written inside \\boxed{{}}: no response would ever be right"
@@ -445,7 +446,10 @@ class Rows:
 
 
 def open_image(image, root: Path):
-    """PIL image, {"bytes", "path"}, bytes, or a path relative to the data -> RGB PIL image, fully decoded."""
+    """PIL image, {"bytes", "path"}, bytes, or a path relative to the data -> RGB PIL image, fully decoded, on white where it is transparent.
+
+    Raises ValueError if it cannot be read, or has numbers for pixels whose range nobody knows.
+    """
     from PIL import Image
 
     if isinstance(image, dict):
@@ -456,7 +460,18 @@ def open_image(image, root: Path):
         image = io.BytesIO(image)
     if not isinstance(image, (Image.Image, Path, io.BytesIO)):
         raise ValueError(f"it is {str(image)[:60]!r}, and no path, bytes or image")
-    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+    try:
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image.load()
+    except Exception as e:  # whatever the reader of some format raises
+        raise ValueError(f"the image cannot be read ({e})") from None
+    if image.mode in ("I", "F"):
+        raise ValueError(f"the image cannot be read (its pixels are 32-bit numbers of mode {image.mode}: save it with 8 or 16 bits)")
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")  # convert("L") alone clips at 255
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 # ====================================================================================================== contexts and encoding
@@ -525,8 +540,8 @@ def unreadable(name: str, error: Exception) -> str:
     """What to say of a checkpoint that cannot be read."""
     if "trust_remote_code" in str(error):
         return f"checkpoint {name!r} wants code of its own to be run, which is never done: choose one whose architecture transformers has"
-    return (f"checkpoint {name!r} cannot be read ({str(error).splitlines()[0]}). Name a folder that has its config, tokenizer and image processor, or a "
-            "hub model, with --student or --teacher")
+    return (f"checkpoint {name!r} cannot be read ({(str(error) or repr(error)).splitlines()[0]}). Name a folder that has its config, weights, tokenizer and "
+            "image processor, or a hub model, with --student or --teacher")
 
 
 SPLIT = "\ue0ff"  # private use: stands in a text where no token may reach across
@@ -546,7 +561,7 @@ class Processor:
             self.image_id = getattr(self.config, "image_token_id", None)  # None: a text-only model
             if self.image_id is not None:
                 self.images = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)  # one backend everywhere: pixels differ between them
-        except (OSError, ValueError) as e:
+        except Exception as e:  # transformers, its checks of a config, and each tokenizer have errors of their own
             raise UserError(unreadable(name, e)) from None
         self.pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         # A response with an image placeholder would promise the next forward pass an image that is not there: never sample one.
@@ -768,9 +783,12 @@ class Model(nn.Module):
 
         logging.disable_progress_bar()
         path = locate(name)
-        vision = hasattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "vision_config")
-        auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        self.name, self.lm = name, auto.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        try:
+            vision = hasattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "vision_config")
+            auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+            self.name, self.lm = name, auto.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        except Exception as e:  # weights that are missing, cut off, or of another shape: each has its own
+            raise UserError(unreadable(name, e)) from None
         self.eval()  # no dropout anywhere: the student is scored and trained as it samples
 
     def forward(self, batch: dict[str, Tensor], loss_fn=None):
@@ -1158,7 +1176,7 @@ def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, cont
     """One answer a context from an OpenAI-compatible endpoint, eight at a time; None where it refuses the request.
 
     Overload and outages are waited for, up to a minute. Raises UserError after that, and where the key or the address is wrong.
-    What the server says of an error is shown, unless it quotes the request: that holds the rows' answers.
+    Requests hold the rows' answers. So of a refused one only the error's type is shown, and what else a server says unless it quotes the request.
     """
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
     stopped = threading.Event()
@@ -1173,17 +1191,22 @@ def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, cont
             try:
                 with urllib.request.urlopen(urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers), timeout=600) as answer:
                     choice = json.load(answer)["choices"][0]
-                    return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
+                    text = choice["message"]["content"] or ""
+                    if not isinstance(text, str):
+                        raise TypeError(f"its content is no text but a {type(text).__name__}")
+                    return text, choice.get("finish_reason") != "length"
             except urllib.error.HTTPError as e:
-                said = f"{e.code} {without_quotes(e.read().decode(errors='replace'), messages)[:300]}"
+                why = e.read().decode(errors="replace")
+                said = f"{e.code} {without_quotes(why, messages)[:300]}"
                 if e.code in (401, 403, 404):
                     raise UserError(f"{url} refused: {said}. Look at the address, at --hint-model and at OPENAI_API_KEY") from None
                 if e.code < 500 and e.code not in (408, 429):
-                    print(f"{url} refused one request: {said}", file=sys.stderr)
+                    kind = ", ".join(re.findall(r'"(?:type|code)": *"([\w.-]{1,40})"', why))
+                    print(f"{url} refused one request: {e.code} {kind}; its own log says more", file=sys.stderr)
                     return None, True
                 trouble = said
-            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as e:  # no connection, cut off, or no such answer
-                trouble = repr(e)
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:  # no connection, cut off, or no such answer
+                trouble = without_quotes(repr(e), messages)[:300]
             if wait is None or stopped.is_set():
                 raise UserError(f"{url} does not answer as it should ({trouble}). What was written so far is kept: start again when it does")
             if wait > 4:
@@ -1650,10 +1673,13 @@ def extract_answer(text: str) -> str | None:
 
 def boxed(text: str) -> str | None:
     r"""The content of the last complete \boxed{...} of a text, or None."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        if (end := closing_brace(text, match.end())) >= 0:
-            return text[match.end() : end].strip()
-    return None
+    opened, last = [], (-1, -1)  # braces that are open: where the content begins, or -1 of any other brace
+    for match in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if match[0] != "}":
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif opened:
+            last = max(last, (opened.pop(), match.start()))
+    return text[slice(*last)].strip() if last[0] >= 0 else None
 
 
 def closing_brace(text: str, start: int) -> int:
@@ -1811,8 +1837,9 @@ def clip_and_step(models: Models, micros: list[Micro], names: tuple[str, ...], l
     loss = sum((m.weights * m.terms).masked_fill(m.weights == 0, 0.0).sum() for m in micros)
     value = (norm + 0.0 * all_sum(loss)).item()  # waits for the device, once an update and after its last backward pass
     if not math.isfinite(value):
-        found = enumerate(all_gather_object(not_finite(models.student, micros, names)))
-        raise NotFinite([f"rank {r}: {', '.join(what)}" for r, what in found if what], micros)
+        values, gradients = zip(*all_gather_object((not_finite(micros, names), not_finite_gradient(models.student))))
+        found = enumerate(values if any(values) else gradients)  # a value that is not finite spoils every rank's gradient
+        raise NotFinite([f"rank {r}: {', '.join(what)}" for r, what in found if what] or ["the gradient's norm, which has grown too large for its numbers"], micros)
     torch.nn.utils.clip_grads_with_norm_([p for p in models.student.parameters() if p.requires_grad], limit, norm)
     models.optimizer.step()
     models.schedule.step()
@@ -1823,8 +1850,8 @@ def clip_and_step(models: Models, micros: list[Micro], names: tuple[str, ...], l
 UNKNOWN_IS_NAN = ("old", "reference")  # of a micro-batch
 
 
-def not_finite(student: nn.Module, micros: list[Micro], names: tuple[str, ...]) -> list[str]:
-    """What of this rank's micro-batches is not finite, and in the response to which row it begins; the gradient, where all of them are."""
+def not_finite(micros: list[Micro], names: tuple[str, ...]) -> list[str]:
+    """What of this rank's micro-batches is not finite, and in the response to which row it begins."""
     found = {}
     for m in micros:
         known = {name: value for name, value in vars(m).items() if isinstance(value, Tensor) and value.is_floating_point() and name not in ("weights", "terms")}
@@ -1835,19 +1862,41 @@ def not_finite(student: nn.Module, micros: list[Micro], names: tuple[str, ...]) 
             if bad and name not in found:
                 rows = [s.row["index"] for s in m.samples for _ in s.response.ids]
                 found[name] = f"{name} (from row {rows[bad[0]]})"
-    if not found:
-        bad = [name for name, p in student.named_parameters() if p.grad is not None and not shard(p.grad).isfinite().all()]
-        found = {name: f"gradient of {name}" for name in bad[:1]}
     return list(found.values())
 
 
+def not_finite_gradient(student: nn.Module) -> list[str]:
+    """The first parameter of whose gradient this rank's part is not finite."""
+    return [f"gradient of {name}" for name, p in student.named_parameters() if p.grad is not None and not shard(p.grad).isfinite().all()][:1]
+
+
 # ====================================================================================================== run folder
+def refuse_folder(path: Path) -> None:
+    """Stop if a folder cannot be made there, before hours of work have nowhere to go."""
+    at = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not at.is_dir() or not os.access(at, os.W_OK):
+        raise UserError(f"{path} cannot be written to: {at} is {'a folder that is not yours to write to' if at.is_dir() else 'a file'}. Choose another --output")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one, whenever the process is killed."""
+    aside = file.with_name(f"{file.name}.partial")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+def whole_lines(file: Path) -> list[str]:
+    """The lines of a file. What stands behind the last line's end is a killed process's, perhaps half a character, and left out."""
+    return file.read_bytes()[: file.read_bytes().rfind(b"\n") + 1].decode().split("\n")[:-1]
+
+
 class Records:
     """Results a row, in a folder with one .jsonl a rank: a start that finds some goes on behind them, on any number of ranks."""
 
     def __init__(self, folder: str, made_from: dict):
         """made_from: the settings that a continued start has to share. done: the rows (record["row"]) that are there."""
         self.folder = Path(folder)
+        refuse_folder(self.folder)
         self.path = self.folder / f"records-{rank()}.jsonl"
         settings = self.folder / "made_from.json"
         if settings.exists() and json.loads(settings.read_text()) != made_from:
@@ -1855,11 +1904,10 @@ class Records:
         self.done = {record["row"] for record in self.all()}  # waits for every rank
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            settings.write_text(json.dumps(made_from) + "\n")
+            replace_text(settings, json.dumps(made_from) + "\n")
         all_gather_object(None)
         if self.path.exists():  # the half line of a start that was killed
-            whole_lines = self.path.read_bytes().rpartition(b"\n")
-            self.path.write_bytes(whole_lines[0] + whole_lines[1])
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     def all(self) -> list[dict]:
         all_gather_object(None)
@@ -1883,7 +1931,7 @@ def read_records(folder: Path) -> list[dict]:
     """The records of every rank, in the order of their rows. A last line without its end is a killed start's, and left out."""
     records = []
     for path in sorted(Path(folder).glob("records-*.jsonl")):
-        for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+        for number, line in enumerate(whole_lines(path), 1):
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError as e:
@@ -1899,6 +1947,7 @@ class Run:
         self.method, self.args, self.tracker, self.state = method, args, None, None
         name = args.output or str(Path("runs", f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))
         self.path = Path(all_gather_object(name)[0])
+        refuse_folder(self.path)
         if args.resume:
             self.find_state()
         elif all_gather_object((self.path / "args.json").exists())[0]:
@@ -1952,9 +2001,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.args.resume:
                 self.clear(step_of(self.state) if self.state else -1)
-            aside = self.path / "args.json.partial"
-            aside.write_text(json.dumps(self.settings(), indent=2) + "\n")
-            aside.replace(self.path / "args.json")
+            replace_text(self.path / "args.json", json.dumps(self.settings(), indent=2) + "\n")
             if self.args.tracker == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -2085,10 +2132,7 @@ def training_state(models: "Models") -> dict:
 def cut_behind(file: Path, step: int) -> None:
     """Leave the lines of a .jsonl up to this step; the last one may be the half line of a run that was killed."""
     if file.exists():
-        lines = [line for line in file.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-        aside = file.with_suffix(".partial")
-        aside.write_text("".join(line + "\n" for line in lines))
-        aside.replace(file)
+        replace_text(file, "".join(line + "\n" for line in whole_lines(file) if json.loads(line)["step"] <= step))
 
 
 def save_checkpoint(lm, processor: Processor, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -2163,7 +2207,8 @@ class Progress:
 
     def log(self, values: dict) -> None:
         for key, value in values.items():
-            self.values.setdefault(key, []).append(value)
+            if key != "sampler_gap" or key not in self.values:  # of a step's first update alone: after it the trainer is another model
+                self.values.setdefault(key, []).append(value)
         self.shown |= {key: f"{value:.3f}" for key, value in values.items() if key in ("std", "reward", "acc@1")}
         self.bar.set_postfix(self.shown, refresh=False)
 

@@ -101,7 +101,7 @@ class Args(common.Args):
 
 DATA = ("preset", "output", "seed", "timeout", "engine", "tensor_parallel", "vllm_memory", "dtype", "rollout_batch", "max_response",
         "temperature", "skip_bad_rows", "column_problem", "column_images", "column_answer", "column_hint", "column_solution")
-READ_BY_HINTS = (*DATA, "make_hints", "hint_model", "hint_endpoint", "hint_attempts", "data", "data_split")
+READ_BY_HINTS = (*DATA, "make_hints", "hint_model", "hint_endpoint", "hint_attempts", "data", "data_split", "max_prompt")
 READ_BY_ANALYSIS = (*DATA, "analyze", "student", "eval_data", "eval_split", "eval_rows", "group", "blind_tutor", "top_p", "top_k", "micro_tokens",
                     "loss_chunk", "max_prompt")
 
@@ -377,7 +377,6 @@ Look: where in the image the evidence is, what belongs together, and what there 
 Think: the steps from that evidence to the answer, in order, and the trap in them.
 Be right: following the hint leads to the given answer. Give nothing away: not the answer, not its letter or its name, no number that has to
 be read off or worked out. Do not solve the question."""
-HINT = re.compile(r"\s*Look:\s*(?P<look>.+?)\s*Think:\s*(?P<think>.+)", re.DOTALL)
 
 
 def hint_prompt(row: dict, fault: str | None) -> common.Context:
@@ -460,12 +459,13 @@ def hint_fault(hint: str, row: dict, finished: bool = True) -> str | None:
     if isinstance(row["answer"], list):  # each of them is a spoiler
         return next((fault for one in row["answer"] if (fault := hint_fault(hint, row | {"answer": one}, finished))), None)
     hint = numbered_steps_removed(hint)
-    match, said, asked = HINT.fullmatch(hint), words(hint), words(row["problem"])
     if not finished:
         return "cut off"
-    if not match:
+    look, _, think = hint.partition("Think:")
+    if not (look.lstrip().startswith("Look:") and look.strip() != "Look:" and think.strip()):
         return "form"
-    if len(words(match["look"])) < 4:
+    said, asked = words(hint), words(row["problem"])
+    if len(words(look)) - 1 < 4:  # without the word "look"
         return "evidence"
     solution, answer = str(row.get("solution") or ""), str(row["answer"])
     steps = words(solution)
@@ -499,7 +499,8 @@ def make_hints(args: Args) -> None:
     columns = {"problem": args.column_problem, "images": args.column_images, "answer": args.column_answer}
     columns |= {"solution": args.column_solution} if args.column_solution != Args.column_solution else {}  # "solution" is read where it is there
     rows = common.Rows(args.data, args.data_split, columns)
-    rows.check(args.skip_bad_rows, 1, answers=True)
+    reader = None if args.hint_endpoint else common.Processor(args.hint_model)
+    rows.check(args.skip_bad_rows, reader.patch if reader else 1, True, lambda row: reader.complaint(hint_prompt(row, None), args.max_prompt) if reader else None)
     store = common.Records(args.output or "runs/hints", {"data": args.data, "data_split": args.data_split} | columns)
     before = {record["row"]: record["hint"] for record in sorted(store.all(), key=lambda record: bool(record["hint"]))}
     pending = [i for i in range(len(rows)) if not before.get(rows.kept[i])][common.rank() :: common.world_size()]

@@ -265,6 +265,8 @@ def statistics(micros: list[Micro], args: Args) -> dict:
     sums = [one, 1 / length, (weight != 0).float(), named["entropy"], gap, named["clipped"], reward, floored]
     tokens, responses, *rest = common.all_sum(torch.stack(sums).sum(-1)).tolist()
     log = {"response_length": tokens / responses} | {name: x / tokens for name, x in zip(("kept", "entropy", "sampler_gap", "clipped"), rest)}
+    if args.method == "sft":
+        del log["sampler_gap"]  # there the teacher samples
     if args.method == "grpo":
         return log
     log |= {"log_ratio": rest[4] / tokens, "below_floor": rest[5] / tokens}

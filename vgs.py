@@ -255,7 +255,8 @@ def measure_eta(micros: list[Micro], models: common.Models, args: Args) -> dict:
         accumulate(micros, models, args)
         norms.append(common.grad_norm(models.student).item())
         models.student.zero_grad()
-    return {"eta": norms[0] / norms[1] if norms[1] else 1.0, "grad_norm_std": norms[0], "grad_norm_steered": norms[1]}
+    usable = norms[1] and math.isfinite(sum(norms))  # where it is not the update will say what is not finite
+    return {"eta": norms[0] / norms[1] if usable else 1.0, "grad_norm_std": norms[0], "grad_norm_steered": norms[1]}
 
 
 def statistics(micros: list[Micro]) -> dict:

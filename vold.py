@@ -100,7 +100,7 @@ class Args(common.Args):
 
 
 STAGE_1 = ("student", "teacher", "instruction", "trace_data", "trace_split", "trace_column", "trace_rows", "right_traces_only", "sft_batch", "sft_steps",
-           "sft_lr", "sft_warmup", "lora", "lora_targets", "seed")  # what its result depends on
+           "sft_lr", "sft_warmup", "schedule", "weight_decay", "grad_clip", "dtype", "lora", "lora_targets", "seed")  # what its result depends on
 
 
 def distils(args: Args) -> bool:
@@ -386,13 +386,24 @@ def read_traces(folder: Path, processor: common.Processor, args: Args) -> list[d
     for r in kept:
         if wrong := processor.complaint(question(r, args), args.max_prompt):
             raise common.UserError(f"{folder}: the student cannot read the question of row {r['row']}: {wrong}")
-    return kept
+    return [r | {"index": r["row"]} for r in kept]
 
 
 def next_token(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 4 per token: - log pi(y*), [n]; and the entropy."""
     log_p = z.log_softmax(-1)
     return -common.gather(log_p, ids), common.entropy(log_p.detach())
+
+
+def imitate(micros: list[common.Micro], models: common.Models, args: Args) -> Tensor:
+    """Gradient of Eq. 4, the mean over all tokens of the update on all ranks; returns their number."""
+    tokens = common.all_sum(torch.tensor(float(sum(len(m.ids) for m in micros)), device=common.device()))
+    for m in micros:
+        m.weights = torch.stack([torch.ones_like(m.length) / tokens, torch.zeros_like(m.length)])
+        loss, m.terms = models.student(m.batch, lambda hidden, head: common.vocab_loss(
+            next_token, m.weights, [hidden], head, extras=[m.ids], vocab=models.vocab, chunk=args.loss_chunk))
+        (loss * common.world_size()).backward()
+    return tokens
 
 
 def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, run: common.Run) -> None:
@@ -413,12 +424,7 @@ def sft(traces: list[dict], held_out, processor: common.Processor, args: Args, r
                 response = common.Response(ids, [0.0] * len(ids), True, trace["response"])
                 samples.append(common.Sample(trace, {"question": processor.encode(question(trace, args))}, response))
             micros = common.make_micros(common.Micro, samples, ["question"], processor, args.micro_tokens, images=False)
-            tokens = common.all_sum(torch.tensor(float(sum(len(m.ids) for m in micros)), device=common.device()))
-            for m in micros:
-                m.weights = torch.stack([torch.ones_like(m.length) / tokens, torch.zeros_like(m.length)])
-                loss, m.terms = models.student(m.batch, lambda hidden, head: common.vocab_loss(
-                    next_token, m.weights, [hidden], head, extras=[m.ids], vocab=models.vocab, chunk=args.loss_chunk))
-                (loss * common.world_size()).backward()
+            tokens = imitate(micros, models, args)
             progress.log(common.clip_and_step(models, micros, ("nll", "entropy"), args.grad_clip))
             nll, entropy = (common.all_sum(torch.cat([m.terms for m in micros], dim=-1).sum(-1)) / tokens).tolist()
             progress.log({"nll": nll, "entropy": entropy})
@@ -530,7 +536,7 @@ def main() -> None:
     # Everything that a later stage needs is looked at before the first one spends its hours.
     held_out = reader = train = asked = None
     trained = (base / "sft" / "final").exists() and args.stage == "all"
-    of_stage = {"sft": args, "rl": dataclasses.replace(args, student=str((base / "sft" / "final").resolve()) if args.stage == "all" else args.student)}
+    of_stage = {"sft": dataclasses.replace(args, updates=1), "rl": dataclasses.replace(args, student=str((base / "sft" / "final").resolve()) if args.stage == "all" else args.student)}
     if trained:
         before = json.loads((base / "sft" / "args.json").read_text())
         changed = [name for name in STAGE_1 if before[name] != getattr(args, name)]
@@ -565,7 +571,7 @@ def main() -> None:
     elif args.stage in ("all", "traces"):
         write_traces(asked, args, traces_at)
     if "sft" in runs:
-        sft(read_traces(traces_at, processor, args), held_out, processor, args, runs["sft"])
+        sft(read_traces(traces_at, processor, args), held_out, processor, of_stage["sft"], runs["sft"])
     gc.collect()  # the models of a stage go before those of the next come
     torch.cuda.empty_cache()
     if "rl" in runs:

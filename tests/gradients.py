@@ -93,12 +93,16 @@ def ptdpo_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dic
 
 
 def vold_gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
+    traces = settings.get("stage") == "sft"
     args = vold.Args(student=f"{tiny}/student", teacher=f"{tiny}/tagged", freeze_vision=True, micro_tokens=micro, loss_chunk=chunk, group=2,
                      **settings)
     teacher = common.Processor(args.teacher)
-    reader = vold.Reader(teacher, vold.tags_of(processor, teacher)) if vold.distils(args) else None
+    reader = vold.Reader(teacher, vold.tags_of(processor, teacher)) if vold.distils(args) and not traces else None
     models = common.load_models(args, processor, args.teacher if reader else None, updates=1)
     samples = fixed_samples(processor, rows, 8, "vold", settings)
+    if traces:
+        micros = common.make_micros(common.Micro, mine(samples, shares), ["question"], processor, micro, images=False)
+        return {"tokens": vold.imitate(micros, models, args).item()} | result(models)
     for s, correct, kept in zip(samples, CORRECT, vold.distilled(CORRECT, 2, args.mask)):
         s.correct, s.distilled = correct, kept
         s.prompts["teacher"] = teacher.encode(vold.question(s.row, args))

@@ -17,7 +17,7 @@ TWO = [(shares, micro, chunk, *MIXED)
 # one context instead of two; two percentiles, and eta measured on both ranks; a tutor for some of the tokens, ratios of whole responses
 OTHER = [("vgs", {"method": "standard"}), ("vgs", {"method": "adaptive"}), ("ptdpo", {"lambda_ptd": 0.5, "kl": 0.1}),
          ("ptdpo", {"lambda_ptd": 0.5, "optimizer": "gspo", "updates": 2}),
-         ("ptdpo", {"lambda_ptd": 0.5, "blind_tutor": True}), ("vold", {"beta": 0.5}),
+         ("ptdpo", {"lambda_ptd": 0.5, "blind_tutor": True}), ("vold", {"beta": 0.5}), ("vold", {"stage": "sft"}),
          ("vold", {"beta": 0.5, "kl_tokens": "sum", "ratio": "sequence", "updates": 2}),
          ("vigos", {"clip": 0.5}), ("vigos", {"method": "opsd"}), ("vigos", {"lora": 4}),
          ("reopold", {"progress": 0.9, "updates": 2}), ("reopold", {"updates": 2, "calls": 2}), ("reopold", {"method": "gkd-top"})]
@@ -52,6 +52,8 @@ def test_the_other_shapes_of_batch_too(gradients, shares, other):
     assert distance(two["gradient"], one["gradient"]) < 1e-6
     if other[0] == "ptdpo":
         assert two["tutored"] == one["tutored"] > 0  # |F|
+    elif "stage" in other[1]:
+        assert two["tokens"] == one["tokens"] > 0
     elif other[0] == "vold":
         assert two["share"] == pytest.approx(one["share"], rel=1e-5) and two["log"] == pytest.approx(one["log"], rel=1e-5)
     elif other[0] in ("vigos", "reopold"):

@@ -25,6 +25,7 @@ def settings(*argv):
     (["--preset", "toy", "--prompts", "0"], ["--prompts", "at least 1"]),
     (["--preset", "toy", "--top-p", "1.5"], ["--top-p", "1.5"]),
     (["--preset", "toy", "--temperature", "0"], ["--temperature"]),
+    (["--preset", "toy", "--seed", "1" + "0" * 20], ["--seed", "2^32"]),
     (["--preset", "toy", "--alpha", "1.5", "--group", "2"], ["--alpha", "[0, 1]"]),
     (["--preset", "toy", "--gamma", "-1"], ["--gamma", "negative"]),
     (["--preset", "toy", "--alpha", "0.3"], ["--group", "at least 2"]),
@@ -105,7 +106,7 @@ def bad_rows(folder, good):
         (good | {"images": "missing.png"}, "missing.png"), (good | {"images": "text.png"}, "cannot be read"), (good | {"images": "cut.png"}, "cannot be read"),
         (good | {"images": "flat.png"}, "64 x 8 pixels"), (good | {"images": "thin.png"}, "aspect ratio"), (good | {"images": None}, "no image"), (good | {"answer": " "}, "answer is empty"),
         (good | {"answer": None}, "answer is empty"), (good | {"problem": ""}, "question is empty"), (good | {"problem": "why " * 2000}, "--max-prompt"),
-        (good | {"problem": 7}, "question is no text"),
+        (good | {"problem": 7}, "question is no text"), (good | {"answer": float("nan")}, "answer is empty"), (good | {"answer": "$$"}, "answer is empty"),
     ]
 
 
@@ -124,6 +125,22 @@ def test_each_bad_row_is_named_and_can_be_skipped(tmp_path, tiny, good):
 
 def test_an_empty_answer_is_fine_where_no_reward_needs_it(tmp_path, tiny, good):
     assert len(load(write(tmp_path, [good | {"answer": ""}]), tiny, answers=False)) == 1
+
+
+@pytest.mark.parametrize("answer", [[], [""], ["3", ""], [None], ["3", None]])
+def test_of_several_answers_none_may_be_empty(tmp_path, tiny, good, answer):
+    """An empty one would reward an empty box."""
+    with pytest.raises(common.UserError, match="answer is empty"):
+        load(write(tmp_path, [good | {"answer": answer}, good | {"answer": ["3", "4"]}]), tiny)
+
+
+def test_a_chat_without_content_and_text_in_another_encoding_are_named(tmp_path, tiny, good):
+    with pytest.raises(common.UserError, match="row 0: the question is empty"):
+        load(write(tmp_path, [good | {"problem": [{"role": "user", "text": "Hi"}]}]), tiny)
+    (tmp_path / "latin.jsonl").write_bytes('{"problem": "Zürich?", "images": "a.png", "answer": "3"}\n'.encode("latin-1"))
+    with pytest.raises(common.UserError, match="utf-8|UTF-8|Unicode") as error:
+        load(str(tmp_path / "latin.jsonl"), tiny)
+    assert "image" not in error.value.message
 
 
 def test_every_row_bad(tmp_path, tiny, good):
@@ -167,6 +184,25 @@ def test_images_as_paths_lists_bytes_and_other_modes(tmp_path, tiny, good):
 
 
 # ---------------------------------------------------------------------------------------------------- models and folders
+@pytest.mark.parametrize("file, spoil", [("model.safetensors", lambda data: data[:5000]), ("model.safetensors", None), ("config.json", lambda data: data.replace(b'"hidden_size": ', b'"hidden_size": "x", "was": ')),
+                                         ("config.json", lambda data: data[:100]), ("tokenizer.json", lambda data: data[:100])])
+def test_a_spoilt_checkpoint_is_named(tiny, tmp_path, file, spoil):
+    shutil.copytree(tiny / "student", tmp_path / "spoilt")
+    path = tmp_path / "spoilt" / file
+    path.write_bytes(spoil(path.read_bytes())) if spoil else path.unlink()
+    result = run_script("vgs.py", *flags(tiny, tmp_path / "run", student=tmp_path / "spoilt"))
+    assert result.returncode != 0 and "spoilt' cannot be read" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_an_output_that_cannot_be_a_folder_is_refused_early(tiny, tmp_path, output):
+    (tmp_path / "file").write_text("x")
+    result = run_script("vgs.py", *flags(tiny, tmp_path / output, student=tmp_path / "not looked at yet"))
+    assert result.returncode != 0 and "cannot be written to" in result.stderr and "is a file" in result.stderr, result.stderr
+    with pytest.raises(common.UserError, match="cannot be written to"):
+        common.Records(str(tmp_path / output), {})
+
+
 def test_teacher_with_another_tokenizer_is_refused_before_weights_are_loaded(tiny, tmp_path):
     import toy
 

@@ -1,6 +1,7 @@
 """Batches that a long run meets once: a single token, a single response, all right, all wrong, all out of form, all cut off.
 
-A rank with nothing beside one with all: test_distributed.py."""
+Each for the methods that can tell it from any other batch. A rank with nothing beside one with all: test_distributed.py.
+"""
 
 import gradients
 import pytest
@@ -10,9 +11,13 @@ import common
 import vgs
 
 SETTINGS = {
-    "vgs": {"method": "vgs-lp", "alpha": 0.3}, "ptdpo": {"lambda_ptd": 0.5, "kl": 0.0}, "vold": {"beta": 0.5}, "vigos": {},
+    "vgs": {"method": "vgs-lp", "alpha": 0.3}, "ptdpo": {"lambda_ptd": 0.5, "kl": 0.0}, "vold": {"beta": 0.5}, "vigos": {"mark_end": True},
     "reopold": {"progress": 0.0, "updates": 2},
 }
+CASES = [(method, how) for method in SETTINGS for how in ("one token", "one response", "one group")]
+CASES += [("vgs", "all right"), ("ptdpo", "all right"), ("ptdpo", "all wrong"), ("vold", "all right"), ("vold", "all wrong"), ("reopold", "all right"),
+          ("vigos", "out of form"), ("vigos", "cut off")]
+NOTHING = [("ptdpo", "all right"), ("vold", "all right"), ("reopold", "all right")]  # nobody to correct, and no advantage
 
 
 def odd(how: str, samples: list) -> list:
@@ -25,7 +30,7 @@ def odd(how: str, samples: list) -> list:
         if how == "out of form":
             s.response.ids = [7 + i] * len(s.response.ids)
         if how == "cut off":
-            s.response.finished = False
+            s.response.finished, s.response.ids, s.response.log_probs = False, s.response.ids[:-1], s.response.log_probs[:-1]
     return samples[: {"one response": 1, "one group": 2}.get(how, 8)]
 
 
@@ -48,19 +53,19 @@ def batch(tiny):
         gradients.CORRECT = {"all right": [True] * 8, "all wrong": [False] * 8}.get(how, correct)
         gradients.fixed_samples = lambda *args: odd(how, fixed(*args))
         function = getattr(gradients, f"{method}_gradient")
-        return function(tiny, processor, rows, [8], 500, 7, SETTINGS[method])
+        settings = {"method": "grpo"} if (method, how) == ("reopold", "all right") else SETTINGS[method]  # its other objectives have no rewards
+        return function(tiny, processor, rows, [8], 500, 7, settings | {"dtype": "float32"})
 
     yield run
     common.load_models, gradients.fixed_samples, gradients.CORRECT = load, fixed, correct
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", SETTINGS)
-@pytest.mark.parametrize("how", ["one token", "one response", "one group", "all right", "all wrong", "out of form", "cut off"])
+@pytest.mark.parametrize("method, how", CASES)
 def test_odd_batches_are_finite_and_as_the_formulas_say(batch, method, how):
     found = batch(method, how)
     assert all(g.isfinite().all() for g in found["gradient"].values())
     size = max((g.abs().max().item() for g in found["gradient"].values()), default=0.0)
-    assert (size == 0) == (how == "all right" and method in ("ptdpo", "vold")), size  # nobody to correct, and no advantage
+    assert (size == 0) == ((method, how) in NOTHING), size
     for value in (v for x in found.get("log", {}).values() for v in (x if isinstance(x, list) else [x])):
         assert value == value and abs(value) < float("inf"), found["log"]

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -291,6 +292,12 @@ def test_good_hints_pass():
     assert fault("It is 3.5 km.", "How far?", "3.5 km") == "answer"
 
 
+@pytest.mark.parametrize("hint", ["Look:" + "\n" * 50_000 + "x", "Look: " + "a " * 25_000, "Look: Think: " * 5_000])
+def test_the_form_of_an_endless_hint_is_seen_at_once(hint):
+    start = time.perf_counter()
+    assert ptdpo.hint_fault(hint, {"problem": "How many?", "answer": "4"}) and time.perf_counter() - start < 2
+
+
 def test_a_hint_that_was_cut_off_is_rejected():
     assert ptdpo.hint_fault(GOOD[:-20], {"problem": "How many?", "answer": "4"}, finished=False) == "cut off"
 
@@ -369,7 +376,7 @@ def test_an_endpoint_that_refuses_one_request_costs_one_row(capsys):
             text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
             self.send_response({"filtered, and repeated": 400, "no key": 401}.get(text, 200))
             self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "length" if text == "long" else "stop"}]}).encode())
+            self.wfile.write(json.dumps({"type": "bad_request", "choices": [{"message": {"content": text}, "finish_reason": "length" if text == "long" else "stop"}]}).encode())
 
         def log_message(self, *_):
             pass
@@ -383,9 +390,34 @@ def test_an_endpoint_that_refuses_one_request_costs_one_row(capsys):
 
     assert ask("one", "filtered, and repeated", "long") == [("one", True), (None, True), ("long", False)]
     said = capsys.readouterr().err
-    assert "refused one request: 400" in said and "repeated" not in said
+    assert "refused one request: 400 bad_request" in said and "repeated" not in said
     with pytest.raises(common.UserError, match="refused: 401"):
         ask("one", "no key")
+    server.shutdown()
+
+
+@pytest.mark.parametrize("body", [b'{"choices": null}', b'[]', b'{"choices": [{"message": null}]}', b'{"choices": [{"message": {"content": [1]}}]}',
+                                  '{"said": "The answer, for you alone: Zürich"}'.encode("latin-1"), b"<html>"])
+def test_an_endpoint_that_answers_nonsense_is_named_and_not_quoted(body, monkeypatch, capsys):
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    wait = threading.Event.wait
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: wait(self, seconds and min(seconds, 0.01)))  # no minute between its trials
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    context = common.Context([{"role": "user", "content": "The answer, for you alone: Zürich"}])
+    with pytest.raises(common.UserError, match="does not answer as it should") as error:
+        common.ask_endpoint(f"http://127.0.0.1:{server.server_port}", "any", 8, 1.0, [context])
+    assert "Zürich" not in error.value.message + capsys.readouterr().err and "alone" not in error.value.message
     server.shutdown()
 
 
@@ -422,6 +454,16 @@ def test_analyze(tiny, tmp_path, ranks):
     for line in table:
         assert line["hard_none"] + line["hard_some"] + line["hard_all"] == line["hard"] <= 2 and 0 <= line["pass@1"] <= line["pass@4"] <= 1
     assert f"{len(table)} tutor contexts on 2 held-out questions" in result.stdout
+
+
+def test_make_hints_names_what_a_local_model_cannot_be_shown(tiny, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (64 * 250, 64)).save(tmp_path / "long.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "How many?", "images": "long.png", "answer": "4"}) + "\n")
+    for model, why in (("student", "aspect ratio"), ("text-only", "is a text-only model")):
+        result = run_script("ptdpo.py", "--preset", "toy", "--make-hints", "--hint-model", tiny / model, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "hints")
+        assert result.returncode != 0 and why in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
 def test_make_hints_with_a_local_model(tiny, tmp_path):

@@ -13,8 +13,11 @@ import torch
 from conftest import ROOT, distance, flags, in_tiny, run_script
 from safetensors.torch import load_file
 
+import common
+
 VOLD = dict(teacher="text-only", data="text.parquet", eval_data=None, eval_split=None, eval_rows=None, eval_every=None, sft_batch=4, sft_steps=4,
-            right_traces_only=False, trace_data="text.parquet", column_text="text_problem", trace_column="text_problem", group=2, max_response=40, temperature=3.0)
+            right_traces_only=False, trace_data="text.parquet", column_text="text_problem", trace_column="text_problem", group=2, max_response=40, temperature=3.0,
+            updates=2)
 METHODS = {
     "vgs": ("vgs.py", dict(method="vgs", lambda_lp=None, updates=2, eta=None, measure_eta=3)),
     "ptdpo": ("ptdpo.py", dict(teacher=None, optimizer="dapo", group=2, draws=2)),
@@ -53,13 +56,13 @@ def same(one, other) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def stopped(folder, copy, step=2):
-    """A copy of a finished run as it was after a checkpoint, with a half-written line and a half-written checkpoint behind it."""
+def stopped(folder, copy):
+    """A copy of a finished run as it was after a checkpoint, with half a line, which ends in half a character, and half a checkpoint behind it."""
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "final")
     (copy / "checkpoints" / "step-3.partial" / "state").mkdir(parents=True)
-    with open(copy / "metrics.jsonl", "a") as f:
-        f.write('{"step": 4, "std"')
+    with open(copy / "metrics.jsonl", "ab") as f:
+        f.write('{"step": 4, "Zürich'.encode()[:-5])
     return copy
 
 
@@ -144,7 +147,7 @@ def saving(folder, since) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, kills, steps", [("vgs", 30, 250), *((name, 10, 80) for name in METHODS if name != "vgs")])
+@pytest.mark.parametrize("name, kills, steps", [("vgs", 30, 250), ("ptdpo", 10, 80), ("vold", 10, 80), ("vigos, LoRA", 10, 200), ("reopold", 10, 80)])
 def test_killed_many_times(tiny, tmp_path, name, kills, steps):
     """Three of five times at a random moment of 12 seconds, the start included, else in a checkpoint's writing: what comes of it is the undisturbed run."""
     settings = dict(max_steps=steps, save_every=1) | ({"sft_steps": steps} if name == "vold" else {})
@@ -166,6 +169,19 @@ def test_killed_many_times(tiny, tmp_path, name, kills, steps):
     done(run_script(script, *argv))
     for stage in ("sft", "rl") if name == "vold" else ("",):
         same(folder / stage, tmp_path / "whole" / stage)
+
+
+def test_records_survive_a_kill_in_any_place(tmp_path):
+    """Of a start that begins again: what is whole stays as it is, to the byte, and half a line, cut inside a character, goes."""
+    store = common.Records(str(tmp_path), {"data": "x"})
+    store.add([{"row": 0, "text": "Zürich"}, {"row": 1, "text": "x"}])
+    file, settings = tmp_path / "records-0.jsonl", tmp_path / "made_from.json"
+    whole, before = file.read_bytes(), file.stat()
+    assert common.Records(str(tmp_path), {"data": "x"}).done == {0, 1} and file.read_bytes() == whole and file.stat().st_ino == before.st_ino
+    file.write_bytes(whole + '{"row": 2, "text": "Zürich'.encode()[:-5])
+    assert common.Records(str(tmp_path), {"data": "x"}).done == {0, 1} and file.read_bytes() == whole
+    settings.with_name("made_from.json.partial").write_text('{"da')
+    assert common.Records(str(tmp_path), {"data": "x"}).done == {0, 1} and json.loads(settings.read_text()) == {"data": "x"}
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +226,9 @@ def test_it_can_be_told_to_go_on_all_the_same(tiny, tmp_path, run):
 def test_auto_looks_at_the_settings_of_a_run_without_a_checkpoint_too(tiny, tmp_path, run):
     folder = stopped(run, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
-    before = (folder / "metrics.jsonl").read_text()
+    before = (folder / "metrics.jsonl").read_bytes()
     assert "is a run of reopold.py" in refused(run_script(*command(tiny, folder, "vgs", resume="auto")[:1], *command(tiny, folder, "vgs", resume="auto")[1]))
-    assert (folder / "metrics.jsonl").read_text() == before
+    assert (folder / "metrics.jsonl").read_bytes() == before
     script, argv = command(tiny, folder, "reopold", resume="auto")
     assert "it begins anew" in done(run_script(script, *argv))
     same(folder, run)

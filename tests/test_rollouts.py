@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import flags, run_script
 
 import common
 import vgs
@@ -183,3 +184,12 @@ def test_evaluation_on_worked_examples():
     assert common.evaluate(engine, rows, lambda row: row) == {"acc@1": 0.5}
     found = common.evaluate(engine, rows, lambda row: row, samples=3)
     assert found == {"acc@1": 0.5, "acc@3": pytest.approx(1 / 3), "pass@3": 0.5, "maj@3": 0.5}
+
+
+@pytest.mark.parametrize("script, changes, noticed", [("vgs.py", {}, True), ("vgs.py", {}, False), ("reopold.py", dict(method="sft", updates=1), False)])
+def test_a_sampler_that_is_left_behind_is_noticed_once(script, changes, noticed, tiny, tmp_path, monkeypatch):
+    """Weights that never reach the sampler: its log-probs are another model's. Not where they do, nor where another model samples by design."""
+    if noticed:
+        monkeypatch.setattr(common.HFEngine, "sync", lambda self, weights: [None for _ in weights])
+    result = run_script(script, *flags(tiny, tmp_path / "run", max_steps=4, lr=0.05, warmup=0, temperature=1.0, grad_clip=1e9, **changes))
+    assert result.returncode == 0 and result.stdout.count("they should be the same model") + result.stderr.count("they should be the same model") == noticed, result.stderr

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+import types
 import typing
 from fractions import Fraction
 
@@ -98,32 +99,58 @@ def test_odd_images_are_shown_or_named(tiny, tmp_path):
         assert all(image.mode == "RGB" for image in left[i]["images"]) and prompt.pixels.isfinite().all() and len(prompt.grid) == len(left[i]["images"])
 
 
+def test_transparent_and_16_bit_images_look_as_they_do_elsewhere(tmp_path):
+    """Black writing on nothing is shown on white; 16 bits a pixel become 8; what has no known range is refused."""
+    written = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    written.paste((0, 0, 0, 255), (16, 16, 32, 32))
+    palette = written.convert("LA")
+    for image, name in ((written, "a.png"), (palette, "la.png"), (written.quantize(), "p.png"), (written, "a.webp")):
+        image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+        shown = common.open_image(name, tmp_path)
+        assert shown.mode == "RGB" and shown.getpixel((0, 0)) == (255,) * 3 and max(shown.getpixel((20, 20))) < 10, name
+    deep = Image.new("I;16", (4, 1))
+    for x, value in enumerate((0, 1000, 20_000, 65_535)):
+        deep.putpixel((x, 0), value)
+    deep.save(tmp_path / "deep.png")
+    shown = common.open_image("deep.png", tmp_path)
+    assert [shown.getpixel((x, 0))[0] for x in range(4)] == [0, 3, 77, 255]
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="mode F"):
+        common.open_image("float.tif", tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------- rows and flags
 CELL = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.lists(st.text(max_size=5), max_size=3)
 
 
 @settings(FUZZ, max_examples=15)
-@given(st.lists(st.fixed_dictionaries({"problem": CELL, "answer": CELL, "images": CELL}), min_size=1, max_size=4))
-def test_random_rows_end_in_rows_or_in_a_clear_error(tiny, tmp_path, records):
+@given(st.sampled_from(["problem", "answer"]).flatmap(lambda key: st.lists(st.fixed_dictionaries({key: CELL}), min_size=1, max_size=4)))
+def test_random_cells_end_in_rows_or_in_a_clear_error(tiny, tmp_path, records):
+    """Each file has one good row, which is left over whatever stands in the others' questions or answers, or it is no table at all."""
+    records = [{"problem": "How many?", "answer": "3"} | record for record in [{}, *records]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     try:
         rows = common.load_rows(common.Args(data=str(tmp_path / "rows.jsonl"), skip_bad_rows=True), common.Processor(str(tiny / "text-only")),
                                 {"question": vgs.without_image}, images=False)
-    except common.UserError:
+    except common.UserError as e:
+        assert "could not be read" in e.message  # cells of several types in one column
         return
-    assert len(rows) > 0 and all(str(rows[i]["problem"]).strip() for i in range(len(rows)))
+    left = [rows[i] for i in range(len(rows))]
+    assert left[0]["index"] == 0 and all(row["problem"].strip() and common.is_correct(common.one_answer(row["answer"]), row["answer"]) for row in left)
 
 
-VALUES = {int: st.integers(-3, 40), float: st.sampled_from([-1.0, 0.0, 0.3, 1.0, 2.0, float("nan"), float("inf"), 1e30]), str: st.sampled_from(["", "x", "toy/student", "auto"]), bool: st.just("")}
+NUMBERS = st.sampled_from([-1.0, 0.0, 0.3, 1.0, 2.0, float("nan"), float("inf"), 1e30])
+VALUES = {int: st.integers(-3, 40), float: NUMBERS, str: st.sampled_from(["", "x", "toy/student", "auto"]), bool: st.just("")}
 
 
 def flag(field: dataclasses.Field):
     """A strategy for one flag with a value that may be senseless."""
     name = "--" + field.name.replace("_", "-")
-    if typing.get_origin(field.type) is typing.Literal:
-        values = st.sampled_from([*typing.get_args(field.type), "nonsense"])
+    kind = next((one for one in typing.get_args(field.type) if one is not type(None)), field.type) if isinstance(field.type, types.UnionType) else field.type
+    if typing.get_origin(kind) is typing.Literal:
+        values = st.sampled_from([*typing.get_args(kind), "nonsense"])
     else:
-        values = VALUES[field.type]
+        values = VALUES[kind]
     return values.map(lambda value: [name] if field.type is bool else [name, str(value)])
 
 
@@ -132,8 +159,6 @@ def test_random_flags_end_in_settings_or_in_a_clear_error(script, capsys):
     method = importlib.import_module(script.removesuffix(".py"))
     fields = [f for f in dataclasses.fields(method.Args) if f.name not in ("preset", "plan")]
 
-    @FUZZ
-    @given(st.lists(st.sampled_from(fields).flatmap(flag), min_size=1, max_size=4))
     def check(flags):
         try:
             args, given_flags = common.parse_args(method.Args, method.PRESETS, ["--preset", "toy", *(part for one in flags for part in one)])
@@ -144,7 +169,11 @@ def test_random_flags_end_in_settings_or_in_a_clear_error(script, capsys):
             value = getattr(args, f.name)
             assert not isinstance(value, float) or value == value, f"{f.name} is {value}"
 
-    check()
+    FUZZ(given(st.lists(st.sampled_from(fields).flatmap(flag), min_size=1, max_size=4))(check))()
+    for f in fields:  # each flag by itself, with every sort of value that is no number and some that are
+        values = ("nan", "inf", "-1") if f.type in (float, int) or f.type == float | None else ("nonsense",)
+        for value in values:
+            check([[f"--{f.name.replace('_', '-')}", *([value] if f.type is not bool else [])]])
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -176,6 +205,19 @@ def test_an_answer_that_cannot_be_boxed_is_named(tiny, tmp_path):
     with pytest.raises(common.UserError, match="3 of 5 rows") as error:
         common.load_rows(common.Args(data=str(tmp_path / "rows.jsonl")), common.Processor(str(tiny / "text-only")), {}, images=False)
     assert error.value.message.count("cannot be written inside") == 3
+
+
+@FUZZ
+@given(st.lists(st.sampled_from(["\\boxed{", "\\boxed {", "{", "}", "a", " "]), max_size=16).map("".join))
+def test_the_last_complete_box_is_found(text):
+    """Against the definition: the last one whose brace is closed."""
+    complete = [(m.end(), end) for m in re.finditer(r"\\boxed\s*\{", text) if (end := common.closing_brace(text, m.end())) >= 0]
+    assert common.boxed(text) == (text[slice(*complete[-1])].strip() if complete else None)
+
+
+def test_endless_boxes_are_read_at_once():
+    start = time.monotonic()
+    assert common.boxed("\\boxed{" * 50_000) is None and time.monotonic() - start < 2
 
 
 # ---------------------------------------------------------------------------------------------------- code in data and models

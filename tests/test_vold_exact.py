@@ -1,4 +1,4 @@
-"""The gradient of a whole VOLD update against an independent float64 computation of Eq. 2, 3, 5 and 6.
+"""The gradient of a whole VOLD update against an independent float64 computation of Eq. 2, 3, 5 and 6, and of Eq. 4 in stage 1.
 
 The reference reads every sequence alone, and the teacher reads the response's text in its own tokens. It shares the fixed rollouts with
 the code under test, and nothing else.
@@ -24,6 +24,7 @@ SETTINGS = {
     "a falling beta": {"beta_decay": 0.1, "beta_min": 0.35},
     "later update": {"updates": 2},
     "ratio of the response, later update": {"ratio": "sequence", "updates": 2},
+    "stage 1": {"stage": "sft"},
 }
 BASE = {"beta": 0.5}
 
@@ -68,6 +69,10 @@ def loss(world, settings):
     student, _, rows, model, _ = world
     o = {"mask": "response", "estimator": "k2", "kl_tokens": "mean", "ratio": "token", "beta_decay": 0, "beta_min": 0} | BASE | settings
     args = vold.Args(**BASE | settings)
+    if "stage" in o:  # Eq. 4: the mean over all tokens
+        samples = fixed_samples(student, rows, 8, "vold", BASE | settings)
+        each = [read(model, s.prompts["question"], s.response.ids, student.image_id, student.vocab)[range(len(s.response.ids)), s.response.ids] for s in samples]
+        return -torch.cat(each).log().mean()
     beta = max(o["beta"] - 2 * o["beta_decay"], o["beta_min"])  # step 3
     policy, pull, tokens = [], [], 0
     for i, s in enumerate(fixed_samples(student, rows, 8, "vold", BASE | settings)):
@@ -95,5 +100,7 @@ def test_whole_update(world, results, name):
     expected = dict(zip([f"lm.{key}" for key in trained], torch.autograd.grad(loss(world, SETTINGS[name]), list(trained.values()))))
     assert set(results[name]["gradient"]) == set(expected)  # the frozen vision tower has none
     assert distance(results[name]["gradient"], expected) < 1e-6
+    if name == "stage 1":
+        return
     share = results[name]["share"]
     assert (share["grad_norm_distillation"] > 0) == (name != "GRPO alone") and share["grad_norm_grpo"] > 0
