@@ -186,7 +186,7 @@ def test_evaluation_on_worked_examples():
     assert found == {"acc@1": 0.5, "acc@3": pytest.approx(1 / 3), "pass@3": 0.5, "maj@3": 0.5}
 
 
-@pytest.mark.parametrize("script, changes, noticed", [("vgs.py", {}, True), ("vgs.py", {}, False), ("reopold.py", dict(method="sft", updates=1), False)])
+@pytest.mark.parametrize("script, changes, noticed", [("vgs.py", {}, True), ("vgs.py", {"updates": 2}, False), ("reopold.py", dict(method="sft", updates=1), False)])
 def test_a_sampler_that_is_left_behind_is_noticed_once(script, changes, noticed, tiny, tmp_path, monkeypatch):
     """Weights that never reach the sampler: its log-probs are another model's. Not where they do, nor where another model samples by design."""
     if noticed:
