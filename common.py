@@ -450,6 +450,7 @@ def open_image(image, root: Path):
 
     Raises ValueError if it cannot be read, or has numbers for pixels whose range nobody knows.
     """
+    import numpy as np
     from PIL import Image
 
     if isinstance(image, dict):
@@ -466,9 +467,10 @@ def open_image(image, root: Path):
     except Exception as e:  # whatever the reader of some format raises
         raise ValueError(f"the image cannot be read ({e})") from None
     if image.mode in ("I", "F"):
-        raise ValueError(f"the image cannot be read (its pixels are 32-bit numbers of mode {image.mode}: save it with 8 or 16 bits)")
-    if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")  # convert("L") alone clips at 255
+        raise ValueError(f"the image cannot be read (its pixels are numbers of mode {image.mode}: save it as a PNG with 8 or 16 bits)")
+    if image.mode.startswith("I;16"):  # convert() alone clips at 255
+        values = np.asarray(image)
+        image = Image.fromarray(np.where(values == image.info.get("transparency", -1), 255, values // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -540,7 +542,7 @@ def unreadable(name: str, error: Exception) -> str:
     """What to say of a checkpoint that cannot be read."""
     if "trust_remote_code" in str(error):
         return f"checkpoint {name!r} wants code of its own to be run, which is never done: choose one whose architecture transformers has"
-    return (f"checkpoint {name!r} cannot be read ({(str(error) or repr(error)).splitlines()[0]}). Name a folder that has its config, weights, tokenizer and "
+    return (f"checkpoint {name!r} cannot be read ({' '.join(str(error).split())[:300] or repr(error)}). Name a folder that has its config, weights, tokenizer and "
             "image processor, or a hub model, with --student or --teacher")
 
 
@@ -919,7 +921,7 @@ def sizes_of(name: str, args: Args) -> Sizes:
 
     try:
         config = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # see Processor
         raise UserError(unreadable(name, e)) from None
     with torch.device("meta"):
         lm = (AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM).from_config(config, trust_remote_code=False)
@@ -1196,7 +1198,9 @@ def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, cont
                         raise TypeError(f"its content is no text but a {type(text).__name__}")
                     return text, choice.get("finish_reason") != "length"
             except urllib.error.HTTPError as e:
-                why = e.read().decode(errors="replace")
+                why = ""
+                with contextlib.suppress(OSError, http.client.HTTPException):  # it was cut off
+                    why = e.read().decode(errors="replace")
                 said = f"{e.code} {without_quotes(why, messages)[:300]}"
                 if e.code in (401, 403, 404):
                     raise UserError(f"{url} refused: {said}. Look at the address, at --hint-model and at OPENAI_API_KEY") from None
@@ -1205,7 +1209,7 @@ def ask_endpoint(url: str, model: str, max_tokens: int, temperature: float, cont
                     print(f"{url} refused one request: {e.code} {kind}; its own log says more", file=sys.stderr)
                     return None, True
                 trouble = said
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:  # no connection, cut off, or no such answer
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:  # no connection, cut off, or no such answer
                 trouble = without_quotes(repr(e), messages)[:300]
             if wait is None or stopped.is_set():
                 raise UserError(f"{url} does not answer as it should ({trouble}). What was written so far is kept: start again when it does")
@@ -1873,7 +1877,10 @@ def not_finite_gradient(student: nn.Module) -> list[str]:
 # ====================================================================================================== run folder
 def refuse_folder(path: Path) -> None:
     """Stop if a folder cannot be made there, before hours of work have nowhere to go."""
-    at = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        at = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as e:  # a folder above it that may not be looked into
+        raise UserError(f"{path} cannot be written to ({e}). Choose another --output") from None
     if not at.is_dir() or not os.access(at, os.W_OK):
         raise UserError(f"{path} cannot be written to: {at} is {'a folder that is not yours to write to' if at.is_dir() else 'a file'}. Choose another --output")
 
@@ -1887,7 +1894,8 @@ def replace_text(file: Path, text: str) -> None:
 
 def whole_lines(file: Path) -> list[str]:
     """The lines of a file. What stands behind the last line's end is a killed process's, perhaps half a character, and left out."""
-    return file.read_bytes()[: file.read_bytes().rfind(b"\n") + 1].decode().split("\n")[:-1]
+    data = file.read_bytes()
+    return data[: data.rfind(b"\n") + 1].decode().split("\n")[:-1]
 
 
 class Records:
@@ -1947,11 +1955,11 @@ class Run:
         self.method, self.args, self.tracker, self.state = method, args, None, None
         name = args.output or str(Path("runs", f"{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))
         self.path = Path(all_gather_object(name)[0])
-        refuse_folder(self.path)
         if args.resume:
             self.find_state()
         elif all_gather_object((self.path / "args.json").exists())[0]:
             raise UserError(f"{self.path} already holds a run; go on with it by --resume auto, choose another folder with --output, or remove this one")
+        refuse_folder(self.path)
         package = {"none": None, "tensorboard": "tensorboard", "wandb": "wandb"}[args.tracker]
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f"--tracker {args.tracker} needs a package: pip install {package}")
@@ -2013,6 +2021,7 @@ class Run:
                 if self.state is None or not name.exists():
                     name.write_text(secrets.token_hex(4))
                 self.tracker = wandb.init(project="cleanopd", name=str(self.path), dir=str(self.path), config=self.settings(), id=name.read_text(), resume="allow")
+                self.tracker.define_metric("*", step_metric="step")  # wandb's own step cannot go back to that of a checkpoint
 
     def clear(self, done: int) -> None:
         """Remove what a run that was killed left behind step `done`: lines, and checkpoints that are not whole."""
@@ -2046,7 +2055,7 @@ class Run:
                 for key, value in scalars.items():
                     self.tracker.add_scalar(key, value, step)
             else:
-                self.tracker.log(scalars, step=step)
+                self.tracker.log(scalars | {"step": step})
 
     def close(self) -> None:
         """Let the tracker write what it holds; another run of this process may begin one of its own."""

@@ -564,6 +564,8 @@ def check_settings(args: Args, given: set[str]) -> None:
     if args.make_hints or args.analyze:
         mode, read = ("--make-hints", READ_BY_HINTS) if args.make_hints else ("--analyze", READ_BY_ANALYSIS)
         ignored |= {f.name: f"{mode} does not read it" for f in fields(args) if f.name not in read}
+        if args.hint_endpoint:
+            ignored |= dict.fromkeys(("max_prompt", "engine", "tensor_parallel", "vllm_memory"), "--hint-endpoint has an engine of its own")
         return common.refuse_ignored(args, given, ignored)
     if args.optimizer != "dapo":
         ignored["draws"] = f"--optimizer {args.optimizer} draws once"

@@ -203,6 +203,14 @@ def test_an_output_that_cannot_be_a_folder_is_refused_early(tiny, tmp_path, outp
         common.Records(str(tmp_path / output), {})
 
 
+def test_a_run_that_is_resumed_needs_no_other_folder(tmp_path, monkeypatch):
+    """Not even where runs/ could not be made."""
+    (tmp_path / "runs").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.UserError, match="holds no checkpoint to resume from"):
+        common.Run("vgs", common.Args(resume=str(tmp_path / "run")))
+
+
 def test_teacher_with_another_tokenizer_is_refused_before_weights_are_loaded(tiny, tmp_path):
     import toy
 
@@ -233,7 +241,7 @@ def test_a_tracker_that_is_not_installed_leaves_no_folder(tiny, tmp_path, monkey
 
 def test_a_resumed_run_goes_on_in_its_own_curves(tmp_path, monkeypatch):
     begun = []
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: begun.append(how)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: begun.append(how) or types.SimpleNamespace(define_metric=lambda *_, **__: None)))
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: True)
     state = tmp_path / "run" / "checkpoints" / "step-1" / "state"
     for saved in (False, False, True):

@@ -397,7 +397,7 @@ def test_an_endpoint_that_refuses_one_request_costs_one_row(capsys):
 
 
 @pytest.mark.parametrize("body", [b'{"choices": null}', b'[]', b'{"choices": [{"message": null}]}', b'{"choices": [{"message": {"content": [1]}}]}',
-                                  '{"said": "The answer, for you alone: Zürich"}'.encode("latin-1"), b"<html>"])
+                                  '{"said": "The answer, for you alone: Zürich"}'.encode("latin-1"), b"<html>", b"[" * 200_000])
 def test_an_endpoint_that_answers_nonsense_is_named_and_not_quoted(body, monkeypatch, capsys):
     import http.server
 

@@ -114,6 +114,9 @@ def test_transparent_and_16_bit_images_look_as_they_do_elsewhere(tmp_path):
     deep.save(tmp_path / "deep.png")
     shown = common.open_image("deep.png", tmp_path)
     assert [shown.getpixel((x, 0))[0] for x in range(4)] == [0, 3, 77, 255]
+    deep.save(tmp_path / "clear.png", transparency=1000)
+    shown = common.open_image("clear.png", tmp_path)
+    assert [shown.getpixel((x, 0))[0] for x in range(4)] == [0, 255, 77, 255]
     Image.new("F", (4, 4), 0.5).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match="mode F"):
         common.open_image("float.tif", tmp_path)
