@@ -184,8 +184,10 @@ def test_images_as_paths_lists_bytes_and_other_modes(tmp_path, tiny, good):
 
 
 # ---------------------------------------------------------------------------------------------------- models and folders
-@pytest.mark.parametrize("file, spoil", [("model.safetensors", lambda data: data[:5000]), ("model.safetensors", None), ("config.json", lambda data: data.replace(b'"hidden_size": ', b'"hidden_size": "x", "was": ')),
-                                         ("config.json", lambda data: data[:100]), ("tokenizer.json", lambda data: data[:100])])
+@pytest.mark.parametrize("file, spoil", [
+    ("model.safetensors", lambda data: data[:5000]), ("model.safetensors", None), ("tokenizer.json", lambda data: data[:100]), ("config.json", lambda data: data[:100]),
+    ("config.json", lambda data: data.replace(b'"hidden_size": ', b'"hidden_size": "x", "was": ')),
+])
 def test_a_spoilt_checkpoint_is_named(tiny, tmp_path, file, spoil):
     shutil.copytree(tiny / "student", tmp_path / "spoilt")
     path = tmp_path / "spoilt" / file
