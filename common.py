@@ -1686,16 +1686,6 @@ def boxed(text: str) -> str | None:
     return text[slice(*last)].strip() if last[0] >= 0 else None
 
 
-def closing_brace(text: str, start: int) -> int:
-    """Where the brace is that closes the one opened just before `start`; -1 without it. ("{a{b}c}", 1) -> 6."""
-    depth = 1
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return i
-    return -1
-
-
 def is_correct(prediction: str | None, answer) -> bool:
     """Whether an extracted answer equals the reference: as text, then as option letter, as number, and last with math-verify.
 

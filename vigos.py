@@ -149,6 +149,16 @@ class Spans:
 BLANK = "\u0120\u010a\u0109\u010d"  # how byte-level tokens write space, newline, tab and carriage return
 
 
+def closing_brace(text: str, start: int) -> int:
+    """Where the brace is that closes the one opened just before `start`; -1 without it. ("{a{b}c}", 1) -> 6."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return i
+    return -1
+
+
 def find_spans(pieces: list[str]) -> Spans | None:
     """Where d and r, a are in a response whose tokens are written as `pieces`; the opening <description> is not part of it.
 
@@ -165,7 +175,7 @@ def find_spans(pieces: list[str]) -> Spans | None:
     if min(close, think, end, box) < 0:
         return None
     inside, opened = think + len("<think>"), box + len("\\boxed{")
-    last = common.closing_brace(text, opened)
+    last = closing_brace(text, opened)
     if last < 0 or not all(part.strip(BLANK + " ") for part in (text[:close], text[inside:end], text[opened:last])):
         return None
     first = next(i for i, start in enumerate(starts) if start >= inside)

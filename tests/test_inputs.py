@@ -242,8 +242,9 @@ def test_a_tracker_that_is_not_installed_leaves_no_folder(tiny, tmp_path, monkey
 
 
 def test_a_resumed_run_goes_on_in_its_own_curves(tmp_path, monkeypatch):
-    begun = []
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: begun.append(how) or types.SimpleNamespace(define_metric=lambda *_, **__: None)))
+    begun, logged, axes = [], [], []
+    curves = types.SimpleNamespace(define_metric=lambda name, step_metric: axes.append((name, step_metric)), log=lambda values: logged.append(values))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: begun.append(how) or curves))
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: True)
     state = tmp_path / "run" / "checkpoints" / "step-1" / "state"
     for saved in (False, False, True):
@@ -251,9 +252,12 @@ def test_a_resumed_run_goes_on_in_its_own_curves(tmp_path, monkeypatch):
             state.mkdir(parents=True)
             for name in (".metadata", "progress.json"):
                 (state / name).write_text("{}")
-        common.Run("vgs", common.Args(output=str(tmp_path / "run"), tracker="wandb", resume="auto")).begin("")
+        run = common.Run("vgs", common.Args(output=str(tmp_path / "run"), tracker="wandb", resume="auto"))
+        run.begin("")
+        run.metrics(2, {"std": 0.5})
     first, anew, resumed = (how["id"] for how in begun)
     assert first != anew == resumed and all(how["resume"] == "allow" for how in begun)
+    assert axes == [("*", "step")] * 3 and logged == [{"std": 0.5, "step": 2}] * 3  # over our steps, which a resumed run goes back in
 
 
 def test_missing_checkpoint_is_named(tiny, tmp_path):

@@ -214,7 +214,7 @@ def test_an_answer_that_cannot_be_boxed_is_named(tiny, tmp_path):
 @given(st.lists(st.sampled_from(["\\boxed{a", "\\boxed { b", "{c", "}", "} "]), max_size=8).map("".join))
 def test_the_last_complete_box_is_found(text):
     """Against the definition: the last one whose brace is closed."""
-    complete = [(m.end(), end) for m in re.finditer(r"\\boxed\s*\{", text) if (end := common.closing_brace(text, m.end())) >= 0]
+    complete = [(m.end(), end) for m in re.finditer(r"\\boxed\s*\{", text) if (end := vigos.closing_brace(text, m.end())) >= 0]
     assert common.boxed(text) == (text[slice(*complete[-1])].strip() if complete else None)
 
 

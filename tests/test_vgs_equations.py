@@ -4,6 +4,7 @@ The references here are written with probabilities and explicit sums, and share 
 """
 
 import math
+import types
 
 import pytest
 import torch
@@ -194,3 +195,13 @@ def test_group_advantages():
     got = common.group_advantages(torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1]), 4)
     torch.testing.assert_close(got, torch.tensor([0.8660, -0.8660, -0.8660, 0.8660, 0, 0, 0, 0]), atol=1e-4, rtol=0)
     assert torch.equal(got[4:], torch.zeros(4))
+
+
+@pytest.mark.parametrize("norms, eta", [((2.0, 4.0), 0.5), ((2.0, 0.0), 1.0), ((math.nan, math.nan), 1.0), ((2.0, math.inf), 1.0)])
+def test_eq_15_eta_of_norms_that_cannot_be_divided_is_1(norms, eta, monkeypatch):
+    """A NaN of one rank is in every rank's norm: as eta it would be in every weight too, and blame all of them."""
+    found = iter(norms)
+    monkeypatch.setattr(common, "grad_norm", lambda student: torch.tensor(next(found)))
+    for phase in ("weigh", "accumulate"):
+        monkeypatch.setattr(vgs, phase, lambda *args, **kwargs: None)
+    assert vgs.measure_eta([], types.SimpleNamespace(student=torch.nn.Linear(1, 1)), vgs.Args())["eta"] == eta
