@@ -1,16 +1,19 @@
-"""One table, one run: the kernel, the alternatives that are installed, and this machine's own copy bandwidth as the yardstick.
+"""One table, one run: the kernel, the alternatives that are installed, and this machine's own copy bandwidth.
 
-    python -m kernels.bench                                     # on a GPU: N = 8192, V = 151,936, K = 100, bfloat16
-    python -m kernels.bench --rows 64 --vocab 32000             # anything smaller; the default on a CPU, where it says so
-    python -m kernels.bench --resources sm_90                   # registers, spills and shared memory of each kernel, from nvcc
+    python -m kernels.bench                                # on a GPU: N = 8192, V = 151,936, K = 100, bfloat16
+    python -m kernels.bench --rows 64 --vocab 32000        # anything smaller; the default on a CPU, where it says so
+    python -m kernels.bench --resources sm_90              # registers, spills and shared memory of each kernel
 
-Every entry takes logits [N, V] of a student and a teacher and leaves the gradient of the mean divergence for the student's logits
-(forward and backward). The floor of that is three passes over [N, V]: two reads and one write. "share" is the floor at the measured
-copy bandwidth divided by the time. Full-vocabulary and Top-K divergences are different functions: the first is never the smaller.
-"error" is the largest relative L2 error of a row's gradient against float64 mathematics of the same function, over 16 rows.
+Every entry takes logits [N, V] of a student and a teacher and leaves the gradient of the mean divergence for the
+student's logits (forward and backward). The floor of that is three passes over [N, V]: two reads and one write.
+"share" is the floor at the measured copy bandwidth divided by the time. Full-vocabulary and Top-K divergences are
+different functions: the first is never the smaller. "error" is the largest relative L2 error of a row's gradient
+against float64 mathematics of the same function, over 16 rows; bfloat16 gradients are rounded to 8 bits.
 """
 
 import argparse
+import functools
+import itertools
 import math
 import os
 import statistics
@@ -23,130 +26,98 @@ import torch.nn.functional as F
 import kernels
 from kernels import reference, topk_tail_divergence
 
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+CHUNK = 2048  # rows of logits at a time in the second table
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
-
-def timed(function, device, repeat) -> list[float]:
+# -------------------------------------------------------------------------------------------------------------- timing
+def timed(function, repeat) -> list[float]:
     """Milliseconds of each call, after warming up."""
     for _ in range(min(10, repeat)):
         function()
+    if GPU:
+        return timed_on_gpu(function, repeat)
     times = []
     for _ in range(repeat):
-        synchronize(device)
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            function()
-            times.append(1000 * (time.perf_counter() - begin))
+        begin = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - begin))
     return times
 
 
-def copy_bandwidth(device) -> float:
+def timed_on_gpu(function, repeat) -> list[float]:
+    """Milliseconds between CUDA events around each call.
+
+    The calls are queued without waiting for one another, so that launching one is hidden behind the one before.
+    """
+    pairs = []
+    for _ in range(repeat):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
+
+
+def copy_bandwidth() -> float:
     """Bytes per second of a large copy, reads and writes counted."""
-    size = (8 << 30) if device.type == "cuda" else (256 << 20)
-    source = torch.ones(size // 2, dtype=torch.uint8, device=device)
+    size = (4 << 30) if GPU else (128 << 20)
+    source = torch.ones(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return size / (statistics.median(timed(lambda: target.copy_(source), device, 20)) / 1000)
+    times = timed(lambda: target.copy_(source), 20)
+    return 2 * size / (statistics.median(times) / 1000)
 
 
-def make_logits(rows, vocab, dtype, device, seed):
-    """A broad bulk, a decaying head, and a peak that goes from flat to all but certain over the rows; a teacher near it."""
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def normal():
-        return torch.randn(rows, vocab, generator=generator, device=device, dtype=torch.float32)
-
-    z = 2.2 * normal()
-    head = torch.randint(vocab, (rows, min(400, vocab)), generator=generator, device=device)
-    z.scatter_add_(1, head, torch.linspace(6, 0, head.shape[1], device=device).expand(rows, -1))
-    z.scatter_add_(1, head[:, :1], torch.linspace(0, 16, rows, device=device)[:, None])
-    y = (0.9 * z + normal()).to(dtype)
-    return z.to(dtype), y
-
-
-# ------------------------------------------------------------------------------------------------------------------ the alternatives
-def full_jsd(z, y):
-    """JSD over the whole vocabulary, written down as it is."""
-    log_p, log_q = z.float().log_softmax(-1), y.float().log_softmax(-1)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    return (F.kl_div(log_m, log_p, reduction="none", log_target=True) + F.kl_div(log_m, log_q, reduction="none", log_target=True)).sum(-1) / 2
+def measure(call, repeat) -> tuple[list[float], str]:
+    """Sorted milliseconds, and the peak of extra memory in MiB."""
+    if not GPU:
+        return sorted(timed(call, repeat)), "not measured"
+    call()  # whatever it compiles or keeps is not its working memory
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before
+    return sorted(timed(call, repeat)), f"{extra / 2**20:,.0f}"
 
 
-def eager_topk(z, y, k):
-    """Top-K plus tail without a [N, V] float32 tensor that outlives its line, the tail as one minus the rest."""
-    index = torch.cat([z.detach().topk(k, dim=-1).indices, y.topk(k, dim=-1).indices], dim=-1).sort(-1).values
-    repeated = torch.zeros_like(index, dtype=torch.bool)
-    repeated[:, 1:] = index[:, 1:] == index[:, :-1]
-    result = []
-    for x in (z, y):
-        log_p = (x.gather(1, index).float() - x.float().logsumexp(-1, keepdim=True)).masked_fill(repeated, -math.inf)
-        tail = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-        result.append(torch.cat([log_p, tail], dim=-1))
-    return reference.terms(*result, "jsd", 0.5).sum(-1)
-
-
-def candidates(z, y, k):
-    """name -> (function of (z, y) giving [N] or the mean, whether it is the full vocabulary's divergence)."""
-    if z.is_cuda:
-        yield "topk_tail.cu", lambda z, y: topk_tail_divergence(z, y, k), False
-    yield "reference.py", lambda z, y: reference.divergence(z, y, k)[0], False
-    yield "eager Top-K and tail", lambda z, y: eager_topk(z, y, k), False
-    yield "eager, full vocabulary", full_jsd, True
-    yield "torch.compile, full vocabulary", torch.compile(full_jsd, dynamic=False), True
+def attempt(row, *arguments) -> str:
+    """The columns that row(*arguments) makes, or the reason for which it makes none."""
     try:
-        from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
-
-        yield "TRL, Top-K and tail", lambda z, y: IWOPDTrainer.generalized_jsd_loss(z[None], y[None], top_k=k, reduction="sum") / len(z), False
-    except ImportError:
-        print("TRL is not installed: left out")
-    try:
-        from liger_kernel.transformers import LigerJSD
-
-        if z.is_cuda:
-            yield "Liger JSD, full vocabulary", lambda z, y: LigerJSD()(z.float().log_softmax(-1), y.float().log_softmax(-1)), True
-    except ImportError:
-        print("liger-kernel is not installed: left out")
-
-
-def head_candidates(k, chunk):
-    """name -> function of (student hidden, student head, teacher hidden, teacher head) that leaves the student's gradients."""
-
-    def products(hs, ws, ht, wt):  # the three (or four) matrix products that no method can avoid
-        for a, b in zip(hs.split(chunk), ht.split(chunk)):
-            b @ wt.T
-            (a @ ws.T) @ ws
-
-    def ours(hs, ws, ht, wt):  # chunk by chunk, the gradient over the student's logits; the head frozen
-        for a, b in zip(hs.split(chunk), ht.split(chunk)):
-            z = (a @ ws.T).requires_grad_()
-            (g,) = torch.autograd.grad(topk_tail_divergence(z, b @ wt.T, k, inplace=z.is_cuda).mean(), z)
-            g @ ws
-
-    yield "head products alone", products
-    yield "topk_tail_divergence on chunks of the heads' products", ours
-    try:
-        from liger_kernel.transformers import LigerFusedLinearJSD
-
-        if torch.cuda.is_available():
-
-            def liger(hs, ws, ht, wt):
-                LigerFusedLinearJSD()(hs.detach().requires_grad_(), ws, ht, wt, None).backward()
-
-            yield "Liger fused linear JSD, full vocabulary", liger
-    except ImportError:
-        pass
+        return row(*arguments)
+    except ImportError as error:
+        return str(error)  # No module named ...
+    except torch.OutOfMemoryError:
+        reason = "out of memory"
+    except (
+        torch._dynamo.exc.TorchDynamoException
+    ) as error:  # no C compiler for Triton, for instance
+        reason = f"torch.compile failed ({type(error).__name__})"
+    torch.cuda.empty_cache()  # here, where the error no longer holds the tensors
+    return reason
 
 
-# ------------------------------------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------------------------- inputs
+def make_logits(rows, vocab, dtype, seed):
+    """A broad bulk, a decaying head, and a peak from flat to all but certain over the rows; a teacher near it."""
+    generator = torch.Generator(device=DEVICE).manual_seed(seed)
+    random = {"generator": generator, "device": DEVICE}
+    z = torch.randn(rows, vocab, **random).mul_(2.2)
+    head = torch.randint(vocab, (rows, min(400, vocab)), **random)
+    decay = torch.linspace(6, 0, head.shape[1], device=DEVICE)
+    z.scatter_add_(1, head, decay.expand(rows, -1))
+    peak = torch.linspace(0, 16, rows, device=DEVICE)
+    z.scatter_add_(1, head[:, :1], peak[:, None])
+    y = torch.randn(rows, vocab, **random).add_(z, alpha=0.9)
+    return z.to(dtype), y.to(dtype)
+
+
 def gradient_of(function, z, y):
     leaf = z.detach().requires_grad_()
     value = function(leaf, y)
@@ -154,112 +125,228 @@ def gradient_of(function, z, y):
     return gradient
 
 
+def rotating(function, inputs):
+    """A call that takes the next set of inputs each time: together they are larger than any cache."""
+    sets = itertools.cycle(inputs)
+
+    def call():
+        z, y = next(sets)
+        gradient_of(function, z, y)
+
+    return call
+
+
 def largest_error(function, full, z, y, k) -> float:
-    rows = torch.linspace(0, len(z) - 1, min(16, len(z)), device=z.device).long()
-    z, y = z[rows].contiguous(), y[rows].contiguous()
-    exact = reference.gradient(z.double(), y.double(), k=z.shape[1] if full else k)
-    error = len(rows) * gradient_of(function, z.clone(), y).double() - exact
-    return float((error.norm(dim=-1) / exact.norm(dim=-1)).max())
+    step = max(1, len(z) // 16)
+    z = z[::step].clone()
+    y = y[::step].clone()
+    if full:
+        k = z.shape[1]
+    exact = reference.gradient(z.double(), y.double(), k=k)
+    got = gradient_of(function, z, y).double() * len(z)
+    relative = (got - exact).norm(dim=-1) / exact.norm(dim=-1)
+    return float(relative.max())
 
 
-def measure(name, call, device, repeat):
-    """-> sorted milliseconds and the peak of extra memory in MiB (CUDA), or None where memory did not suffice."""
-    try:
-        if device.type == "cuda":
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            torch.cuda.synchronize()
-            extra = (torch.cuda.max_memory_allocated() - before) / 2**20
-        else:
-            extra = math.nan
-        return sorted(timed(call, device, repeat)), extra
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        print(f"{name}: out of memory")
-        return None
+# ---------------------------------------------------------------------------------------------------- the alternatives
+def full_jsd(z, y):
+    """JSD over the whole vocabulary, written down as it is."""
+    log_p = z.float().log_softmax(-1)
+    log_q = y.float().log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    return (student + teacher).sum(-1) / 2
 
 
-def in_mib(extra: float) -> str:
-    return "not measured" if math.isnan(extra) else f"{extra:,.0f}"
+def eager_topk(z, y, k):
+    """Top-K plus tail without a [N, V] float32 tensor that outlives its line, the tail as one minus the rest."""
+    tops = [x.detach().topk(k, dim=-1).indices for x in (z, y)]
+    index = torch.cat(tops, dim=-1).sort(-1).values  # [N, 2K]
+    repeated = torch.zeros_like(index, dtype=torch.bool)
+    repeated[:, 1:] = index[:, 1:] == index[:, :-1]
+    log_buckets = []
+    for x in (z, y):
+        log_p = x.gather(1, index).float() - x.float().logsumexp(-1, keepdim=True)
+        log_p = log_p.masked_fill(repeated, -math.inf)
+        mass = log_p.exp().sum(-1, keepdim=True)
+        tail = torch.log1p(-mass.clamp(max=1 - 1e-7))
+        log_buckets.append(torch.cat([log_p, tail], dim=-1))
+    return reference.terms(*log_buckets, "jsd", 0.5).sum(-1)
 
 
-def logits_table(args, device, dtype, bandwidth):
-    n, v, k = args.rows, args.vocab, args.k
-    unit = n * v * torch.empty(0, dtype=dtype).element_size()
-    floor = 3 * unit / bandwidth * 1000
-    print(f"copy bandwidth {bandwidth / 1e9:,.0f} GB/s; N = {n}, V = {v:,}, K = {k}, {args.dtype}: floor {floor:.2f} ms\n")
-    inputs = [make_logits(n, v, dtype, device, seed) for seed in range(3)]  # larger together than any cache
-    exact, bound = topk_tail_divergence(*inputs[0], k, return_metrics=True)
-    step = max(1, n // 16)  # the gap to the full divergence on some rows
-    full = reference.divergence(inputs[0][0][::step].double(), inputs[0][1][::step].double(), k=v)[0]
-    print(f"mean divergence: Top-K and tail {float(exact[::step].mean()):.6f}, full vocabulary {float(full.mean()):.6f}, "
-          f"certified gap at most {float(bound['gap_bound'][::step].mean()):.6f}\n")  # fmt: skip
+def trl_jsd(z, y, k):
+    from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
 
-    print("| forward and backward | ms (median) | p10 - p90 | useful GB/s | share of the copy bandwidth | extra MiB | error |")
+    total = IWOPDTrainer.generalized_jsd_loss(z[None], y[None], top_k=k, reduction="sum")
+    return total / len(z)
+
+
+def liger_jsd(z, y):
+    from liger_kernel.transformers import LigerJSD
+
+    return LigerJSD()(z.float().log_softmax(-1), y.float().log_softmax(-1))
+
+
+def candidates(k) -> list[tuple]:
+    """Name, function of (z, y) giving [N] or the mean, whether it is the full vocabulary's divergence."""
+    entries = [
+        ("reference.py", lambda z, y: reference.divergence(z, y, k)[0], False),
+        ("eager Top-K and tail", functools.partial(eager_topk, k=k), False),
+        ("eager, full vocabulary", full_jsd, True),
+        ("torch.compile, full vocabulary", torch.compile(full_jsd, dynamic=False), True),
+        ("TRL, Top-K and tail", functools.partial(trl_jsd, k=k), False),
+    ]
+    if GPU:
+        kernel = functools.partial(topk_tail_divergence, k=k)
+        entries.insert(0, ("topk_tail.cu", kernel, False))
+        entries.append(("Liger JSD, full vocabulary", liger_jsd, True))
+    return entries
+
+
+def head_products(hs, ws, ht, wt, k):
+    """The three matrix products that no method can avoid, in chunks."""
+    for a, b in zip(hs.split(CHUNK), ht.split(CHUNK), strict=True):
+        b @ wt.T
+        (a @ ws.T) @ ws
+
+
+def head_topk(hs, ws, ht, wt, k):
+    """The same, the gradient written over the student's logits between them."""
+    for a, b in zip(hs.split(CHUNK), ht.split(CHUNK), strict=True):
+        z = (a @ ws.T).requires_grad_()
+        value = topk_tail_divergence(z, b @ wt.T, k, inplace=GPU)
+        (gradient,) = torch.autograd.grad(value.mean(), z)
+        gradient @ ws
+
+
+def head_liger(hs, ws, ht, wt, k):
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    leaf = hs.detach().requires_grad_()
+    LigerFusedLinearJSD()(leaf, ws, ht, wt, None).backward()
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+def gradient_row(function, full, inputs, args, bandwidth) -> str:
+    error = largest_error(function, full, *inputs[0], args.k)
+    times, extra = measure(rotating(function, inputs), args.repeat)
+    ms = statistics.median(times)
+    tenth = len(times) // 10
+    spread = f"{times[tenth]:.2f} - {times[-1 - tenth]:.2f}"
+    useful = 3 * inputs[0][0].nbytes / (ms / 1000)  # bytes a second
+    share = f"{100 * useful / bandwidth:.0f} %"
+    return f"{ms:.2f} | {spread} | {useful / 1e9:,.1f} | {share} | {extra} | {error:.1e}"
+
+
+def call_row(call, repeat) -> str:
+    times, extra = measure(call, repeat)
+    return f"{statistics.median(times):.2f} | {extra}"
+
+
+def print_gap(z, y, k) -> None:
+    """How far the Top-K divergence lies below the full one on 16 rows, and the bound that comes with it."""
+    step = max(1, len(z) // 16)
+    z = z[::step]
+    y = y[::step]
+    value, metrics = topk_tail_divergence(z, y, k, return_metrics=True)
+    full, _ = reference.divergence(z.double(), y.double(), k=z.shape[1])
+    bound = metrics["gap_bound"].mean()
+    print(
+        f"mean divergence: Top-K and tail {value.mean():.6f}, full vocabulary {full.mean():.6f}, "
+        f"certified gap at most {bound:.6f}"
+    )
+
+
+def logits_table(args, dtype) -> None:
+    inputs = [make_logits(args.rows, args.vocab, dtype, seed) for seed in range(3)]
+    z, y = inputs[0]
+    bandwidth = copy_bandwidth()
+    floor = 1000 * 3 * z.nbytes / bandwidth
+    print(f"copy bandwidth {bandwidth / 1e9:,.0f} GB/s; floor {floor:.2f} ms")
+    print(f"N = {args.rows}, V = {args.vocab:,}, K = {args.k}, {args.dtype}")
+    print_gap(z, y, args.k)
+
+    print(
+        "\n| forward and backward | ms (median) | p10 - p90 | useful GB/s | share | extra MiB | error |"
+    )
     print("|---|---|---|---|---|---|---|")
-    for name, function, is_full in candidates(*inputs[0], k):
-        turn = iter(range(10**9))
-
-        def call():
-            z, y = inputs[next(turn) % 3]
-            gradient_of(function, z, y)
-
-        error = largest_error(function, is_full, *inputs[0], k)
-        measured = measure(name, call, device, args.repeat)
-        if measured:
-            times, extra = measured
-            ms = statistics.median(times)
-            spread = f"{times[len(times) // 10]:.2f} - {times[-1 - len(times) // 10]:.2f}"
-            print(f"| {name} | {ms:.2f} | {spread} | {3 * unit / ms / 1e6:,.1f} | {100 * floor / ms:.0f} % | {in_mib(extra)} | {error:.1e} |", flush=True)
-    for name, call in {
-        "topk_tail_divergence, forward only": lambda: topk_tail_divergence(*inputs[0], k),
-        "torch.topk of both, nothing else": lambda: [x.topk(k, dim=-1) for x in inputs[0]],
-    }.items():
-        times, extra = measure(name, call, device, args.repeat)
-        print(f"| {name} | {statistics.median(times):.2f} | | | | {in_mib(extra)} | |")
-
-
-def heads_table(args, device, dtype):
-    n, v, k = args.rows, args.vocab, args.k
-    heads = [0.05 * torch.randn(v, args.hidden, dtype=dtype, device=device) for _ in range(2)]
-    hidden = [torch.randn(n, args.hidden, dtype=dtype, device=device) for _ in range(2)]
-    print(f"\n| from hidden states, H = {args.hidden}, student's head frozen | ms (median) | extra MiB |")
+    for name, function, full in candidates(args.k):
+        row = attempt(gradient_row, function, full, inputs, args, bandwidth)
+        print(f"| {name} | {row} |", flush=True)
+    parts = {
+        "topk_tail_divergence, forward only": lambda: topk_tail_divergence(z, y, args.k),
+        "torch.topk of both, nothing else": lambda: (z.topk(args.k), y.topk(args.k)),
+    }
+    print("\n| a part of it | ms (median) | extra MiB |")
     print("|---|---|---|")
-    for name, function in head_candidates(k, 2048):
-        measured = measure(name, lambda: function(hidden[0], heads[0], hidden[1], heads[1]), device, max(3, args.repeat // 5))
-        if measured:
-            print(f"| {name} | {statistics.median(measured[0]):.2f} | {in_mib(measured[1])} |", flush=True)
+    for name, call in parts.items():
+        print(f"| {name} | {attempt(call_row, call, args.repeat)} |", flush=True)
+
+
+def heads_table(args, dtype) -> None:
+    like = {"dtype": dtype, "device": DEVICE}
+    student_head = 0.05 * torch.randn(args.vocab, args.hidden, **like)
+    teacher_head = 0.05 * torch.randn(args.vocab, args.hidden, **like)
+    student = torch.randn(args.rows, args.hidden, **like)
+    teacher = torch.randn(args.rows, args.hidden, **like)
+    entries = {
+        "head products alone": head_products,
+        "topk_tail_divergence on chunks of the heads' products": head_topk,
+    }
+    if GPU:
+        entries["Liger fused linear JSD, full vocabulary"] = head_liger
+    print(
+        f"\n| from hidden states, H = {args.hidden}, student's head frozen | ms (median) | extra MiB |"
+    )
+    print("|---|---|---|")
+    for name, function in entries.items():
+        call = functools.partial(function, student, student_head, teacher, teacher_head, args.k)
+        print(f"| {name} | {attempt(call_row, call, max(3, args.repeat // 5))} |", flush=True)
+
+
+def print_resources(architecture) -> None:
+    command = [kernels.find_nvcc(), *kernels.NVCC_FLAGS, f"-arch={architecture}"]
+    command += ["-Xptxas", "-v", "-o", os.devnull, str(kernels.SOURCE)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    print(run.stderr)
 
 
 def main():
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8192 if gpu else 64)
-    parser.add_argument("--vocab", type=int, default=151_936 if gpu else 32_000)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=8192 if GPU else 64)
+    parser.add_argument("--vocab", type=int, default=151_936 if GPU else 32_000)
     parser.add_argument("--k", type=int, default=100)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if gpu else "float32")
-    parser.add_argument("--hidden", type=int, default=2048 if gpu else 128, help="width of the heads in the second table")
-    parser.add_argument("--repeat", type=int, default=50 if gpu else 5)
-    parser.add_argument("--resources", metavar="ARCH", help="print what each kernel uses on this architecture, and end")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16" if GPU else "float32"
+    )
+    parser.add_argument(
+        "--hidden", type=int, default=2048 if GPU else 128, help="width of the second table's heads"
+    )
+    parser.add_argument("--repeat", type=int, default=50 if GPU else 5)
+    parser.add_argument(
+        "--resources",
+        metavar="ARCH",
+        help="print what each kernel uses on this architecture, and end",
+    )
     args = parser.parse_args()
     if args.resources:
-        command = [kernels.find_nvcc(), *kernels.NVCC_FLAGS, f"-arch={args.resources}", "-Xptxas", "-v", "-o", os.devnull, kernels.SOURCE]
-        print(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+        print_resources(args.resources)
         return
-
-    device, dtype = torch.device("cuda" if gpu else "cpu"), getattr(torch, args.dtype)
-    if gpu:
+    if GPU:
         p = torch.cuda.get_device_properties(0)
-        print(f"{p.name}, {p.multi_processor_count} SMs, L2 {p.L2_cache_size >> 20} MiB, torch {torch.__version__}, CUDA {torch.version.cuda}")
+        chip = f"{p.name}, {p.multi_processor_count} SMs, L2 {p.L2_cache_size >> 20} MiB"
+        print(f"{chip}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     else:
-        print(f"No CUDA device: the plain-PyTorch reference on {torch.get_num_threads()} CPU threads. These are no figures of the kernel.")
-    bandwidth = copy_bandwidth(device)
-    logits_table(args, device, dtype, bandwidth)
-    heads_table(args, device, dtype)
+        print(
+            f"No CUDA device: the plain-PyTorch reference on {torch.get_num_threads()} CPU threads."
+        )
+        print("These are no figures of the kernel.")
+    dtype = getattr(torch, args.dtype)
+    logits_table(args, dtype)
+    heads_table(args, dtype)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,29 @@
 // The Top-K-plus-tail divergence and its gradient over a large vocabulary. What it computes is defined in reference.py.
 //
-//   student p = softmax(z), teacher q = softmax(y), S = TopK(p) u TopK(q), p_t and q_t = the mass outside S, buckets b = S and the tail
+//   student p = softmax(z), teacher q = softmax(y), S = TopK(p) u TopK(q)
+//   p_t and q_t = the mass outside S, buckets b = S and the tail
 //   dD/dz_u = p_u (a_b(u) - abar),   a_b = dD/dp_b,   abar = sum_b p_b a_b
 //
-// Outside S the bracket is one number a row: a softmax times a scalar, and at most 2K entries that differ. Hence three kernels:
+// Outside S the bracket is one number a row: a softmax times a scalar, and at most 2K entries that differ. Hence three
+// kernels:
 //
-//   row_stats   one CTA a row, student and teacher alike: one read for the softmax and the exact top K, and about K of the row's 4096
-//               groups a second time
+//   row_stats   one CTA a row, student and teacher alike: one read for the softmax and the exact top K, and about K of
+//               the row's 4096 groups a second time
 //   row_loss    one CTA a row: the union, D, the scalar and the <= 2K entries, in float64
 //   row_grad    one CTA a row: one read and one write (in place if asked)
 //
-// Precision. Exponentials of the vocabulary are float32, added in float32 within a group and in float64 beyond it. The mass outside the
-// top K is summed over the tokens outside it, never taken as one minus the others, so that it is right to 1e-6 also where
-// p_max = 1 - 1e-8; the log-sum-exp is then that mass plus the top K, added in float64. Whatever touches only S (<= 2K terms a row) is
-// float64 altogether, and each bucket's share of D is written so that it is never negative and errors of the masses enter it in
-// second order only. Denormals count as zero (-ftz=true), and where that would lose a tail, it is summed again in float64.
+// Precision. Exponentials of the vocabulary are float32, added in float32 within a group and in float64 beyond it. The
+// mass outside the top K is summed over the tokens outside it, never taken as one minus the others, so that it is right
+// to 1e-6 also where p_max = 1 - 1e-8; the log-sum-exp is then that mass plus the top K, added in float64. Whatever
+// touches only S (<= 2K terms a row) is float64 altogether, and each bucket's share of D is written so that it is never
+// negative and errors of the masses enter it in second order only. Denormals count as zero (-ftz=true), and where that
+// would lose a tail, it is summed again in float64.
 //
 // Order. Equal logits rank by index, the smaller first. No floating-point atomics: two runs agree bit for bit.
 //
-// The same file compiles with g++ against a small header that plays threads and barriers on a CPU. For its sake global memory is
-// Global<T>, shared memory is SHARED(...), and a run of elements is taken by span(): plain pointers for nvcc, checked ones there.
+// The same file compiles with g++ against a small header that plays threads and barriers on a CPU. For its sake global
+// memory is Global<T>, shared memory is SHARED(...), and a run of elements is taken by span(): plain pointers for nvcc,
+// checked ones there.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -48,11 +52,11 @@ constexpr float LOG2E = 1.44269504088896340736f;
 
 enum Kind { JSD, FORWARD_KL, REVERSE_KL };
 enum Outside { TAIL, RENORMALISED, RAW };
-enum Stat { ROW_MAX, LOG_Z, LOW, KTH_VALUE, KTH_INDEX, STATS };                                       // one row of row_stats' output
-enum Dense { D_MAX, D_LOG_SCALE, D_SIGN, DENSE };                                                     // what row_grad needs outside S
+enum Stat { ROW_MAX, LOG_Z, LOW, KTH_VALUE, KTH_INDEX, STATS };        // one row of row_stats' output
+enum Dense { D_MAX, D_LOG_SCALE, D_SIGN, DENSE };                      // what row_grad needs outside S
 enum Metric { STUDENT_TAIL, TEACHER_TAIL, OVERLAP, GAP_BOUND, TAIL_FLOORED, BAD, METRICS };
 
-// ---------------------------------------------------------------------------------------------------------- reading and writing
+// ------------------------------------------------------------------------------------------------- reading and writing
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ void unpack(uint4 raw, float (&x)[4]) {
@@ -72,7 +76,9 @@ __device__ __forceinline__ uint4 pack(const float (&x)[4]) {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
 }
 __device__ __forceinline__ unsigned pack_pair(float low, float high) {
-    return (unsigned)__bfloat16_as_ushort(__float2bfloat16(low)) | (unsigned)__bfloat16_as_ushort(__float2bfloat16(high)) << 16;
+    const unsigned first = __bfloat16_as_ushort(__float2bfloat16(low));
+    const unsigned second = __bfloat16_as_ushort(__float2bfloat16(high));
+    return first | second << 16;
 }
 __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
     return {pack_pair(x[0], x[1]), pack_pair(x[2], x[3]), pack_pair(x[4], x[5]), pack_pair(x[6], x[7])};
@@ -85,14 +91,17 @@ template <int W, class T> __device__ __forceinline__ auto load(Global<const T> r
     else return __ldcs(reinterpret_cast<const uint4*>(span(row, unit * W, W)));
 }
 __device__ __forceinline__ void store_one(float x, Global<float> row, int64_t i) { row[i] = x; }
-__device__ __forceinline__ void store_one(float x, Global<__nv_bfloat16> row, int64_t i) { row[i] = __float2bfloat16(x); }
+__device__ __forceinline__ void store_one(float x, Global<__nv_bfloat16> row, int64_t i) {
+    row[i] = __float2bfloat16(x);
+}
 template <int W, class T> __device__ __forceinline__ void store(const float (&x)[W], Global<T> row, int64_t unit) {
     if constexpr (W == 1) store_one(x[0], row, unit);
     else __stcs(reinterpret_cast<uint4*>(span(row, unit * W, W)), pack(x));
 }
 
-// Group r of thread t holds the units r * THREADS + t + j * THREADS * GROUPS; the last valid % W elements, which make no unit,
-// belong to group 0 of the first threads. body(index of the first, values) is called for every unit of the group, and for such an element.
+// Group r of thread t holds the units r * THREADS + t + j * THREADS * GROUPS; the last valid % W elements, which make
+// no unit, belong to group 0 of the first threads. body(index of the first, values) is called for every unit of the
+// group, and for such an element.
 template <int W, class T, class Body> __device__ void visit_group(Global<const T> row, int valid, int r, Body body) {
     const int t = threadIdx.x;
     const int units = valid / W;
@@ -112,7 +121,7 @@ template <int W> __device__ void group_of(int index, int valid, int& thread, int
     r = unit < valid / W ? unit / THREADS % GROUPS : 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------------- reductions
+// ---------------------------------------------------------------------------------------------------------- reductions
 // Every thread gets the sum, added in the same order by all. scratch (one entry a warp) is used by this call alone.
 __device__ __forceinline__ double block_sum(double x, Shared<double> scratch) {
     const int t = threadIdx.x;
@@ -133,8 +142,9 @@ __device__ __forceinline__ float block_max(float x, Shared<float> scratch) {
     return x;
 }
 
-// ------------------------------------------------------------------------------------------------------------------ the softmax
-// -inf is a legal logit: the reference is finite, so that exp(-inf - reference) = 0 and never NaN. NaN and +inf make the sum NaN.
+// --------------------------------------------------------------------------------------------------------- the softmax
+// -inf is a legal logit: the reference is finite, so that exp(-inf - reference) = 0 and never NaN. NaN and +inf make
+// the sum NaN.
 __device__ __forceinline__ float finite(float peak) { return fmaxf(peak, -FLT_MAX); }
 
 template <int W> __device__ __forceinline__ void accumulate(const float (&x)[W], float& peak, float& sum) {
@@ -147,9 +157,9 @@ template <int W> __device__ __forceinline__ void accumulate(const float (&x)[W],
     peak = top;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- selecting top K
-// A key orders elements by (value descending, index ascending) as one unsigned number; no two elements of a row have the same.
-// Keys of a list of indices have no value; the index -1 then has the key 0, the smallest.
+// ----------------------------------------------------------------------------------------------------- selecting top K
+// A key orders elements by (value descending, index ascending) as one unsigned number; no two elements of a row have
+// the same. Keys of a list of indices have no value; the index -1 then has the key 0, the smallest.
 __device__ __forceinline__ uint64_t index_key(int index) { return 0xffffffffu - (unsigned)index; }
 __device__ __forceinline__ uint64_t make_key(float value, int index) {
     const unsigned bits = __float_as_uint(value == 0.0f ? 0.0f : value);  // -0 equals 0, as it does in ranks()
@@ -163,8 +173,9 @@ __device__ __forceinline__ int key_index(uint64_t key) { return (int)(0xffffffff
 
 __device__ __forceinline__ float sign_of(double x) { return isnan(x) ? NAN : (x > 0) - (x < 0); }
 
-// The largest number n whose bits below `last` are 0 such that at least `need` keys are >= n: a radix select, one byte a pass, the
-// highest first. visit(f) calls f(key) for each key of this thread. With last = 0, n is the need-th largest key itself.
+// The largest number n whose bits below `last` are 0 such that at least `need` keys are >= n: a radix select, one byte
+// a pass, the highest first. visit(f) calls f(key) for each key of this thread. With last = 0, n is the need-th largest
+// key itself.
 template <class Visit>
 __device__ uint64_t radix_select(int need, int last, Shared<int> histogram, Shared<int> found, Visit visit) {
     const int t = threadIdx.x;
@@ -173,7 +184,8 @@ __device__ uint64_t radix_select(int need, int last, Shared<int> histogram, Shar
         if (t < 256) histogram[t] = 0;
         __syncthreads();
         visit([&](uint64_t key) {
-            if (shift == 56 || key >> (shift + 8) == chosen >> (shift + 8)) atomicAdd(histogram + (int)(key >> shift & 255), 1);
+            if (shift == 56 || key >> (shift + 8) == chosen >> (shift + 8))
+                atomicAdd(histogram + (int)(key >> shift & 255), 1);
         });
         __syncthreads();
         if (t < 32) {  // one lane holds the byte where the count from above reaches `need`
@@ -229,17 +241,19 @@ __device__ bool contains(Shared<uint64_t> list, int count, uint64_t key) {  // l
     }
     return low < count && list[low] == key;
 }
-__device__ __forceinline__ bool ranks(float value, int index, double kth_value, double kth_index) {  // is it among the top K?
+// Is it among the top K?
+__device__ __forceinline__ bool ranks(float value, int index, double kth_value, double kth_index) {
     return value > kth_value || (value == kth_value && index <= kth_index);
 }
 
-// ------------------------------------------------------------------------------------------------------------- kernel 1: row_stats
-// Writes STATS numbers a row: its maximum, log sum exp(x - maximum), the share LOW of the mass that lies outside the K winners, and the
-// last winner, which decides membership of any other token. SELECT: the winners are the top K, written to top [N, K] in descending order.
-// Otherwise they are the tokens listed in given [N, K], -1 where there are fewer.
+// ------------------------------------------------------------------------------------------------- kernel 1: row_stats
+// Writes STATS numbers a row: its maximum, log sum exp(x - maximum), the share LOW of the mass that lies outside the K
+// winners, and the last winner, which decides membership of any other token. SELECT: the winners are the top K, written
+// to top [N, K] in descending order. Otherwise they are the tokens listed in given [N, K], -1 where there are fewer.
 template <class T, int W, bool SELECT>
 __global__ void __launch_bounds__(THREADS, 2)
-row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<const int> given, Global<int> top, Global<double> stats) {
+row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<const int> given, Global<int> top,
+          Global<double> stats) {
     SHARED(uint64_t, list, LIST);
     SHARED(int, histogram, 256);
     SHARED(int, found, 2);
@@ -293,7 +307,8 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
         total += sum[r];
     }
     total = block_sum(total, totals);
-    if (!(total > 0 && total < INFINITY)) {  // NaN, +inf, or nothing but -inf: no distribution. The same for every thread.
+    // NaN, +inf, or nothing but -inf: no distribution. The same for every thread.
+    if (!(total > 0 && total < INFINITY)) {
         if (t == 0) {
             stats[n * STATS + ROW_MAX] = stats[n * STATS + LOG_Z] = stats[n * STATS + LOW] = NAN;
             stats[n * STATS + KTH_VALUE] = stats[n * STATS + KTH_INDEX] = NAN;
@@ -303,11 +318,13 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
         return;
     }
 
-    // The groups that hold a winner are read again: their winners are listed, the others' exponentials make up the low sum.
+    // The groups that hold a winner are read again: their winners are listed, the others' exponentials make up the low
+    // sum.
     int dirty = 0, count = k;
     uint64_t threshold = 0;
     if constexpr (SELECT) {
-        // At least K elements reach the K-th largest of the groups' maxima. Its 16 highest bits are enough for a threshold.
+        // At least K elements reach the K-th largest of the groups' maxima. Its 16 highest bits are enough for a
+        // threshold.
         threshold = radix_select(k, 48, histogram, found, [&](auto each) {
 #pragma unroll
             for (int r = 0; r < GROUPS; r++) each(make_key(peak[r], 0));
@@ -356,7 +373,8 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
     if constexpr (SELECT) {
         __syncthreads();
         count = listed[0];
-        if (count > LIST) {  // too many for the list (a constant row, say): select from the row itself, which takes any input
+        // Too many for the list (a constant row, say): select from the row itself, which takes any input.
+        if (count > LIST) {
             const auto all = [&](auto each) {
                 for (int r = 0; r < GROUPS; r++)
                     visit_group<W>(row, valid, r, [&](int first, const auto& x) {
@@ -395,7 +413,8 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
         for (int r = 0; r < GROUPS; r++)
             visit_group<W>(row, valid, r, [&](int first, const auto& x) {
                 for (int i = 0; i < (int)(sizeof(x) / sizeof(float)); i++) {
-                    const bool wins = SELECT ? make_key(x[i], first + i) >= kth : contains(list, k, index_key(first + i));
+                    const bool wins = SELECT ? make_key(x[i], first + i) >= kth
+                                             : contains(list, k, index_key(first + i));
                     if (!wins) low += exp((double)x[i] - row_max);
                 }
             });
@@ -410,7 +429,7 @@ row_stats(Global<const T> logits, int64_t row_stride, int valid, int k, Global<c
     }
 }
 
-// -------------------------------------------------------------------------------------------------------------- kernel 2: row_loss
+// -------------------------------------------------------------------------------------------------- kernel 2: row_loss
 struct Share {
     double term;   // of D; the KLs with linear terms (q - p) that cancel over all buckets, so that no share is negative
     double slope;  // p_b a_b, finite also where p_b vanishes
@@ -433,14 +452,14 @@ __device__ Share share_of(int kind, double beta, double log_p, double log_q) {
     return {slope - (no_q ? 0 : beta * q * m_over_q), slope};
 }
 
-// first [N, a] and, for the union, second [N, b] list the support; a token of both counts once. Writes index [N, a + b] (-1: none) with
-// the gradient there, the scalar for the rest of the row, D and the metrics.
+// first [N, a] and, for the union, second [N, b] list the support; a token of both counts once. Writes index [N, a + b]
+// (-1: none) with the gradient there, the scalar for the rest of the row, D and the metrics.
 template <class T>
 __global__ void __launch_bounds__(LOSS_THREADS)
-row_loss(Global<const T> student, int64_t student_stride, Global<const T> teacher, int64_t teacher_stride, int valid, int kind, double beta,
-         int outside, Global<const int> first, int a, Global<const int> second, int b, Global<const double> student_stats,
-         Global<const double> teacher_stats, Global<float> divergence, Global<float> metrics, Global<int> index, Global<float> at_support,
-         Global<double> dense) {
+row_loss(Global<const T> student, int64_t student_stride, Global<const T> teacher, int64_t teacher_stride, int valid,
+         int kind, double beta, int outside, Global<const int> first, int a, Global<const int> second, int b,
+         Global<const double> student_stats, Global<const double> teacher_stats, Global<float> divergence,
+         Global<float> metrics, Global<int> index, Global<float> at_support, Global<double> dense) {
     SHARED(double, log_ps, 2 * MAX_K);
     SHARED(double, log_qs, 2 * MAX_K);
     constexpr int WARPS = LOSS_THREADS / 32;
@@ -496,7 +515,8 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
     p_inside = block_sum(p_inside, scratch + 3 * WARPS);
     q_inside = block_sum(q_inside, scratch + 4 * WARPS);
 
-    // The tails. Where the other side's winners are nearly all of what lies outside, the difference has no digits left: sum it anew.
+    // The tails. Where the other side's winners are nearly all of what lies outside, the difference has no digits left:
+    // sum it anew.
     double p_tail = zs[LOW] - p_extra, q_tail = ys[LOW] - q_extra;
     if (is_union && (p_tail < 0.1 * zs[LOW] || q_tail < 0.1 * ys[LOW])) {
         p_tail = q_tail = 0;
@@ -560,7 +580,8 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
         metric[STUDENT_TAIL] = p_tail;
         metric[TEACHER_TAIL] = q_tail;
         metric[OVERLAP] = is_union ? in_both / a : NAN;
-        metric[GAP_BOUND] = kind == JSD && outside == TAIL ? (beta * q_tail + (1 - beta) * p_tail) * log(2.0) : INFINITY;
+        const double mixture_tail = beta * q_tail + (1 - beta) * p_tail;
+        metric[GAP_BOUND] = kind == JSD && outside == TAIL ? mixture_tail * log(2.0) : INFINITY;
         metric[TAIL_FLOORED] = floored;
         metric[BAD] = 0;
         dense[n * DENSE + D_MAX] = z_max;
@@ -569,18 +590,20 @@ row_loss(Global<const T> student, int64_t student_stride, Global<const T> teache
     }
 }
 
-// -------------------------------------------------------------------------------------------------------------- kernel 3: row_grad
+// -------------------------------------------------------------------------------------------------- kernel 3: row_grad
 // result [N, vocab] = upstream [N] times dD/dz; result may be the logits themselves. Columns from valid on are zero.
 template <class T, int W>
 __global__ void __launch_bounds__(THREADS, 3)
-row_grad(Global<const float> upstream, Global<const T> logits, int64_t row_stride, int valid, int vocab, Global<const double> dense,
-         Global<const int> index, Global<const float> at_support, int entries, Global<T> result, int64_t result_stride) {
+row_grad(Global<const float> upstream, Global<const T> logits, int64_t row_stride, int valid, int vocab,
+         Global<const double> dense, Global<const int> index, Global<const float> at_support, int entries,
+         Global<T> result, int64_t result_stride) {
     const int t = threadIdx.x;
     const int64_t n = blockIdx.x;
     const Global<const T> row = logits + n * row_stride;
     const Global<T> out = result + n * result_stride;
     const float weight = upstream[n];
-    // weight * outer * p_u = sign * 2^((z_u - max) / ln 2 + scale): the scalar goes into the exponent, where it cannot overflow.
+    // weight * outer * p_u = sign * 2^((z_u - max) / ln 2 + scale): the scalar goes into the exponent, where it cannot
+    // overflow.
     const float row_max = dense[n * DENSE + D_MAX];
     const float sign = dense[n * DENSE + D_SIGN] * sign_of(weight);
     const float scale = (dense[n * DENSE + D_LOG_SCALE] + logf(fabsf(weight))) * LOG2E;
@@ -622,21 +645,27 @@ row_grad(Global<const float> upstream, Global<const T> logits, int64_t row_strid
     }
 }
 
-// --------------------------------------------------------------------------------------------------------------------- the launches
-template <class T> bool aligned(const void* p, int64_t stride) { return (uintptr_t)p % 16 == 0 && stride * sizeof(T) % 16 == 0; }
-template <class T> int64_t extent(int64_t rows, int64_t stride, int vocab) { return rows ? (rows - 1) * stride + vocab : 0; }
+// -------------------------------------------------------------------------------------------------------- the launches
+template <class T> bool aligned(const void* p, int64_t stride) {
+    return (uintptr_t)p % 16 == 0 && stride * sizeof(T) % 16 == 0;
+}
+template <class T> int64_t extent(int64_t rows, int64_t stride, int vocab) {
+    return rows ? (rows - 1) * stride + vocab : 0;
+}
 
 template <class T, bool SELECT>
-void launch_stats(const void* logits, int64_t stride, int64_t rows, int valid, int k, const int* given, int* top, double* stats, void* stream) {
+void launch_stats(const void* logits, int64_t stride, int64_t rows, int valid, int k, const int* given, int* top,
+                  double* stats, void* stream) {
     constexpr int W = 16 / sizeof(T);
     const auto kernel = aligned<T>(logits, stride) ? row_stats<T, W, SELECT> : row_stats<T, 1, SELECT>;
     LAUNCH(kernel, rows, THREADS, stream, global((const T*)logits, extent<T>(rows, stride, valid)), stride, valid, k,
            global(given, SELECT ? 0 : rows * k), global(top, SELECT ? rows * k : 0), global(stats, rows * STATS));
 }
 template <class T>
-void forward(const void* student, int64_t student_stride, const void* teacher, int64_t teacher_stride, int64_t rows, int valid, int k,
-             int kind, double beta, int support, int outside, const int* given, int* tops, double* stats, float* divergence,
-             float* metrics, int* index, float* at_support, double* dense, void* stream) {
+void forward(const void* student, int64_t student_stride, const void* teacher, int64_t teacher_stride, int64_t rows,
+             int valid, int k, int kind, double beta, int support, int outside, const int* given, int* tops,
+             double* stats, float* divergence, float* metrics, int* index, float* at_support, double* dense,
+             void* stream) {
     enum { UNION, STUDENT, TEACHER, GIVEN };
     const int* first = support == GIVEN ? given : support == TEACHER ? tops + rows * k : tops;
     double *student_stats = stats, *teacher_stats = stats + rows * STATS;
@@ -649,38 +678,43 @@ void forward(const void* student, int64_t student_stride, const void* teacher, i
     if (support == STUDENT || support == GIVEN)
         launch_stats<T, false>(teacher, teacher_stride, rows, valid, k, first, nullptr, teacher_stats, stream);
     const int second = support == UNION ? k : 0;
-    LAUNCH(row_loss<T>, rows, LOSS_THREADS, stream, global((const T*)student, extent<T>(rows, student_stride, valid)), student_stride,
-           global((const T*)teacher, extent<T>(rows, teacher_stride, valid)), teacher_stride, valid, kind, beta, outside,
-           global(first, rows * k), k, global((const int*)(tops + rows * k), rows * second), second,
-           global((const double*)student_stats, rows * STATS), global((const double*)teacher_stats, rows * STATS), global(divergence, rows),
+    LAUNCH(row_loss<T>, rows, LOSS_THREADS, stream, global((const T*)student, extent<T>(rows, student_stride, valid)),
+           student_stride, global((const T*)teacher, extent<T>(rows, teacher_stride, valid)), teacher_stride, valid,
+           kind, beta, outside, global(first, rows * k), k, global((const int*)(tops + rows * k), rows * second),
+           second, global((const double*)student_stats, rows * STATS),
+           global((const double*)teacher_stats, rows * STATS), global(divergence, rows),
            global(metrics, rows * METRICS), global(index, rows * (k + second)), global(at_support, rows * (k + second)),
            global(dense, rows * DENSE));
 }
 template <class T>
-void backward(const float* upstream, const void* logits, int64_t stride, int64_t rows, int valid, int vocab, const double* dense,
-              const int* index, const float* at_support, int entries, void* result, int64_t result_stride, void* stream) {
+void backward(const float* upstream, const void* logits, int64_t stride, int64_t rows, int valid, int vocab,
+              const double* dense, const int* index, const float* at_support, int entries, void* result,
+              int64_t result_stride, void* stream) {
     constexpr int W = 16 / sizeof(T);
     const bool wide = aligned<T>(logits, stride) && aligned<T>(result, result_stride);
     const auto kernel = wide ? row_grad<T, W> : row_grad<T, 1>;
-    LAUNCH(kernel, rows, THREADS, stream, global(upstream, rows), global((const T*)logits, extent<T>(rows, stride, valid)), stride, valid,
-           vocab, global(dense, rows * DENSE), global(index, rows * entries), global(at_support, rows * entries), entries,
+    LAUNCH(kernel, rows, THREADS, stream, global(upstream, rows),
+           global((const T*)logits, extent<T>(rows, stride, valid)), stride, valid, vocab, global(dense, rows * DENSE),
+           global(index, rows * entries), global(at_support, rows * entries), entries,
            global((T*)result, extent<T>(rows, result_stride, vocab)), result_stride);
 }
 
-// What Python calls. Codes as in the enums above (supports: union, student, teacher, given); all pointers are the device's; scratch: tops
-// [2, N, K] int32 and stats [2, N, STATS] float64. They return the launch's status: 0, or a number for topk_tail_status_text.
-extern "C" int topk_tail_forward(int bf16, const void* student, int64_t student_stride, const void* teacher, int64_t teacher_stride,
-                                 int64_t rows, int valid, int k, int kind, double beta, int support, int outside, const int* given,
-                                 int* tops, double* stats, float* divergence, float* metrics, int* index, float* at_support,
-                                 double* dense, void* stream) {
+// What Python calls. Codes as in the enums above (supports: union, student, teacher, given); all pointers are the
+// device's; scratch: tops [2, N, K] int32 and stats [2, N, STATS] float64. They return the launch's status: 0, or a
+// number for topk_tail_status_text.
+extern "C" int topk_tail_forward(int bf16, const void* student, int64_t student_stride, const void* teacher,
+                                 int64_t teacher_stride, int64_t rows, int valid, int k, int kind, double beta,
+                                 int support, int outside, const int* given, int* tops, double* stats,
+                                 float* divergence, float* metrics, int* index, float* at_support, double* dense,
+                                 void* stream) {
     const auto run = bf16 ? forward<__nv_bfloat16> : forward<float>;
-    run(student, student_stride, teacher, teacher_stride, rows, valid, k, kind, beta, support, outside, given, tops, stats, divergence,
-        metrics, index, at_support, dense, stream);
+    run(student, student_stride, teacher, teacher_stride, rows, valid, k, kind, beta, support, outside, given, tops,
+        stats, divergence, metrics, index, at_support, dense, stream);
     return LAUNCH_STATUS();
 }
-extern "C" int topk_tail_backward(int bf16, const float* upstream, const void* logits, int64_t stride, int64_t rows, int valid, int vocab,
-                                  const double* dense, const int* index, const float* at_support, int entries, void* result,
-                                  int64_t result_stride, void* stream) {
+extern "C" int topk_tail_backward(int bf16, const float* upstream, const void* logits, int64_t stride, int64_t rows,
+                                  int valid, int vocab, const double* dense, const int* index, const float* at_support,
+                                  int entries, void* result, int64_t result_stride, void* stream) {
     const auto run = bf16 ? backward<__nv_bfloat16> : backward<float>;
     run(upstream, logits, stride, rows, valid, vocab, dense, index, at_support, entries, result, result_stride, stream);
     return LAUNCH_STATUS();

@@ -1,10 +1,12 @@
 // Lets g++ compile kernels/topk_tail.cu and run its kernels on a CPU, for tests of correctness.
 //
-// A CUDA thread is a fiber; one block runs at a time, its fibers one after the other, each until it reaches a barrier or a shuffle.
+// A CUDA thread is a fiber; one block runs at a time, its fibers one after the other, each until it reaches a barrier
+// or a shuffle.
 // Checked while they run, and reported as the launch's status with the place and the thread:
 //   * reads and writes outside a tensor (Global) or a shared array (Shared), and misaligned 16-byte accesses
 //   * a shared element read before the block wrote it
-//   * a race: two threads on one shared element, at least one of them writing, with no barrier between them (atomics excepted)
+//   * a race: two threads on one shared element, at least one of them writing, with no barrier between them (atomics
+//     excepted)
 //   * a barrier or shuffle that not every thread reaches
 // Not seen: races on global memory, warp-level memory order, anything about speed.
 #pragma once
@@ -34,8 +36,9 @@ struct dim3 {
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct __nv_bfloat16 { uint16_t bits; };
 
-// ---------------------------------------------------------------------------------------------------------------------- fibers
-// switch_fiber saves the registers that a call preserves on the running stack, stores the stack pointer, and continues on the other.
+// -------------------------------------------------------------------------------------------------------------- fibers
+// switch_fiber saves the registers that a call preserves on the running stack, stores the stack pointer, and continues
+// on the other.
 #if defined(__x86_64__)
 extern "C" void switch_fiber(void** save, void* next);
 __asm__(
@@ -132,7 +135,8 @@ inline void wait(Barrier& barrier, unsigned needed) {
         return;
     }
     while (barrier.generation == generation) {
-        if (++block->idle > 8 * block->fibers.size() + 64) fail("deadlock: a barrier or shuffle that not every thread reaches");
+        if (++block->idle > 8 * block->fibers.size() + 64)
+            fail("deadlock: a barrier or shuffle that not every thread reaches");
         next_fiber();
     }
 }
@@ -158,7 +162,10 @@ inline void run_block(unsigned number) {
     b.all = Barrier();
     b.warps.assign((n + 31) / 32, Barrier());
     for (auto& slot : b.slots) slot.assign((n + 31) / 32 * 32, 0);
-    for (unsigned i = 0; i < n; i++) b.fibers[i] = {prepare_stack(b.stacks.data() + (i + 1) * STACK, fiber_main), dim3(i, 0, 0), i, false, 0};
+    for (unsigned i = 0; i < n; i++) {
+        void* stack = prepare_stack(b.stacks.data() + (i + 1) * STACK, fiber_main);
+        b.fibers[i] = {stack, dim3(i, 0, 0), i, false, 0};
+    }
     b.current = 0;
     block_epoch = ++epoch;
     switch_fiber(&b.outside, b.fibers[0].stack);
@@ -194,7 +201,7 @@ inline const char* take_message() {
     return taken;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- shared memory
+// ------------------------------------------------------------------------------------------------------- shared memory
 constexpr int NOBODY = -1, SEVERAL = -2, ATOMIC = -3;
 struct Access {  // the last ones, and the epoch they were in
     uint64_t written = 0, read = 0;
@@ -207,14 +214,16 @@ template <class T> struct Shared {
     const char* name;
 
     int64_t at(int64_t i) const {
-        if (offset + i < 0 || offset + i >= size) fail("%s[%ld] lies outside the shared array of %ld", name, (long)(offset + i), (long)size);
+        if (offset + i < 0 || offset + i >= size)
+            fail("%s[%ld] lies outside the shared array of %ld", name, (long)(offset + i), (long)size);
         return offset + i;
     }
     T get(int64_t i) const {
         Access& a = accesses[i];
         const int me = block->current;
         if (a.written < block_epoch) fail("%s[%ld] is read before the block wrote it", name, (long)i);
-        if (a.written == epoch && a.writer != me) fail("race: %s[%ld] was written by thread %d and no barrier came since", name, (long)i, a.writer);
+        if (a.written == epoch && a.writer != me)
+            fail("race: %s[%ld] was written by thread %d and no barrier came since", name, (long)i, a.writer);
         a.reader = a.read < epoch || a.reader == me ? me : SEVERAL;
         a.read = epoch;
         return data[i];
@@ -224,7 +233,8 @@ template <class T> struct Shared {
         const int me = block->current;
         if (a.written == epoch && a.writer != me && !(a.writer == ATOMIC && as == ATOMIC))
             fail("race: %s[%ld] was written by thread %d and no barrier came since", name, (long)i, a.writer);
-        if (a.read == epoch && a.reader != me) fail("race: %s[%ld] was read by another thread and no barrier came since", name, (long)i);
+        if (a.read == epoch && a.reader != me)
+            fail("race: %s[%ld] was read by another thread and no barrier came since", name, (long)i);
         a.written = epoch;
         a.writer = as;
     }
@@ -255,12 +265,13 @@ template <class T, int N> struct SharedStorage {
     Access accesses[N];
 };
 
-// ---------------------------------------------------------------------------------------------------------------- global memory
+// ------------------------------------------------------------------------------------------------------- global memory
 template <class T> struct Global {
     T* data;
     int64_t size, offset;
     T* at(int64_t i, int64_t n = 1) const {
-        if (offset + i < 0 || offset + i + n > size) fail("element %ld lies outside a tensor of %ld", (long)(offset + i), (long)size);
+        if (offset + i < 0 || offset + i + n > size)
+            fail("element %ld lies outside a tensor of %ld", (long)(offset + i), (long)size);
         return data + offset + i;
     }
     T& operator[](int64_t i) const { return *at(i); }
@@ -285,15 +296,23 @@ template <class T> Global<T> global(T* p, int64_t size) { return {p, size, 0}; }
 #define LAUNCH_STATUS() cpu::status()
 #define STATUS_TEXT(status) ((void)(status), cpu::take_message())
 
-// -------------------------------------------------------------------------------------------------------------- what CUDA provides
+// -------------------------------------------------------------------------------------------------- what CUDA provides
 #define threadIdx (cpu::block->fibers[cpu::block->current].index)
 #define blockIdx (cpu::block->number)
 #define blockDim (cpu::block->threads)
 inline void __syncthreads() { cpu::wait(cpu::block->all, cpu::block->alive); }
-template <class T> T __shfl_xor_sync(unsigned mask, T value, int other) { return cpu::shuffle(mask, value, cpu::lane() ^ other); }
-template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned by) { return cpu::shuffle(mask, value, cpu::lane() + (int)by); }
-template <class T> T atomicAdd(Shared<T> p, std::common_type_t<T> x) { return p.update(p.at(0), [=](T old) { return old + x; }); }
-template <class T> T atomicOr(Shared<T> p, std::common_type_t<T> x) { return p.update(p.at(0), [=](T old) { return old | x; }); }
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int other) {
+    return cpu::shuffle(mask, value, cpu::lane() ^ other);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+    return cpu::shuffle(mask, value, cpu::lane() + (int)by);
+}
+template <class T> T atomicAdd(Shared<T> p, std::common_type_t<T> x) {
+    return p.update(p.at(0), [=](T old) { return old + x; });
+}
+template <class T> T atomicOr(Shared<T> p, std::common_type_t<T> x) {
+    return p.update(p.at(0), [=](T old) { return old | x; });
+}
 inline const uint4* check_aligned(const uint4* p) {
     if ((uintptr_t)p % 16) cpu::fail("a 16-byte access that is not aligned");
     return p;

@@ -1,4 +1,4 @@
-"""kernels/reference.py against PTD-PO's Eq. 13-17 written out with sets and sums, and its gradient against three others."""
+"""kernels/reference.py against PTD-PO's Eq. 13-17 written out with sets and sums; its gradient against three others."""
 
 import itertools
 import math
@@ -23,7 +23,9 @@ def logits(seed=0, n=N, v=V, scale=2.0, noise=1.0):
 def given_tokens(support, n=N, v=V):
     if support != "given":
         return None
-    tokens = torch.stack([torch.randperm(v, generator=torch.Generator().manual_seed(i))[:8] for i in range(n)])
+    tokens = torch.stack(
+        [torch.randperm(v, generator=torch.Generator().manual_seed(i))[:8] for i in range(n)]
+    )
     tokens[0, 3:] = -1
     return tokens
 
@@ -31,11 +33,12 @@ def given_tokens(support, n=N, v=V):
 def by_hand(z, y, k, kind, beta, support, outside, given):
     """One row, from the paper: Python sets, numpy sums, no shared code."""
     p, q = (np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in (z, y))
-    rank = {"student": sorted(range(len(z)), key=lambda v: (-z[v], v))[:k], "teacher": sorted(range(len(y)), key=lambda v: (-y[v], v))[:k]}
+    student = set(sorted(range(len(z)), key=lambda v: (-z[v], v))[:k])
+    teacher = set(sorted(range(len(y)), key=lambda v: (-y[v], v))[:k])
     chosen = {
-        "union": set(rank["student"]) | set(rank["teacher"]),
-        "student": set(rank["student"]),
-        "teacher": set(rank["teacher"]),
+        "union": student | teacher,
+        "student": student,
+        "teacher": teacher,
         "given": {v for v in (given if given is not None else []) if v >= 0},
     }[support]
     others = set(range(len(z))) - chosen
@@ -45,7 +48,7 @@ def by_hand(z, y, k, kind, beta, support, outside, given):
     if outside == "renormalised":
         ps, qs = [x / sum(ps) for x in ps], [x / sum(qs) for x in qs]
     total = 0.0
-    for a, b in zip(ps, qs):
+    for a, b in zip(ps, qs, strict=True):
         m = beta * b + (1 - beta) * a
         total += {
             "jsd": beta * b * math.log(b / m) + (1 - beta) * a * math.log(a / m),
@@ -70,9 +73,13 @@ def test_value_is_the_papers(kind, support, outside):
     given = given_tokens(support)
     for beta in (0.5, 0.1):
         ours = value(z, y, kind=kind, beta=beta, support=support, outside=outside, given=given)
-        rows = [by_hand(a.numpy(), b.numpy(), K, kind, beta, support, outside, None if given is None else given[i].tolist())
-                for i, (a, b) in enumerate(zip(z, y))]  # fmt: skip
-        torch.testing.assert_close(ours, torch.tensor(rows, dtype=torch.float64), rtol=1e-12, atol=1e-14)
+        listed = [None] * N if given is None else given.tolist()
+        rows = []
+        for a, b, tokens in zip(z.numpy(), y.numpy(), listed, strict=True):
+            rows.append(by_hand(a, b, K, kind, beta, support, outside, tokens))
+        torch.testing.assert_close(
+            ours, torch.tensor(rows, dtype=torch.float64), rtol=1e-12, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("kind, support, outside", CASES)
@@ -84,7 +91,8 @@ def test_gradient_in_closed_form_is_autograds(kind, support, outside):
         closed = reference.gradient(z, y, **options)
         assert (closed - autograd(z, y, **options)).abs().max() < 1e-12
         assert closed.sum(-1).abs().max() < 1e-12
-        assert closed.abs().max() > 1e-6 or (k == 1 and outside == "renormalised")  # one token alone always has all the mass
+        one_bucket = k == 1 and outside == "renormalised"  # one token alone always has all the mass
+        assert closed.abs().max() > 1e-6 or one_bucket
 
 
 @pytest.mark.parametrize("kind, support, outside", CASES)
@@ -92,13 +100,21 @@ def test_gradient_by_differences(kind, support, outside):
     z, y = logits(n=2)
     given = given_tokens(support, n=2)
     options = dict(kind=kind, support=support, outside=outside, given=given)
-    if given is None:  # the support is a constant of the gradient: pass it in, so that no step changes it
+    if (
+        given is None
+    ):  # the support is a constant of the gradient: pass it in, so that no step changes it
         mask = reference.support_mask(z, y, K, support, None)
         options |= dict(support="given", given=torch.where(mask, torch.arange(V), -1))
     assert torch.autograd.gradcheck(lambda x: value(x, y, **options), z.clone().requires_grad_())
-    closed, step = reference.gradient(z, y, k=K, kind=kind, support=support, outside=outside, given=given), 1e-6
+    closed, step = (
+        reference.gradient(z, y, k=K, kind=kind, support=support, outside=outside, given=given),
+        1e-6,
+    )
     for u in range(0, V, 5):
-        moved = [value(z + sign * step * torch.eye(V, dtype=torch.float64)[u], y, **options) for sign in (1, -1)]
+        moved = [
+            value(z + sign * step * torch.eye(V, dtype=torch.float64)[u], y, **options)
+            for sign in (1, -1)
+        ]
         assert ((moved[0] - moved[1]) / (2 * step) - closed[:, u]).abs().max() < 1e-8
 
 
@@ -109,7 +125,9 @@ def released_jsd(z, y, k):
     kept = []
     for x in (log_p, log_q):
         top = x.gather(1, index)
-        kept.append(torch.cat([top, (1 - top.exp().sum(-1, keepdim=True)).clamp(min=1e-8).log()], dim=-1))
+        kept.append(
+            torch.cat([top, (1 - top.exp().sum(-1, keepdim=True)).clamp(min=1e-8).log()], dim=-1)
+        )
     log_s, log_t = kept
     log_m = ((log_s.exp() + log_t.exp()) / 2).log()
     student = (log_s.exp().detach() * (log_s - log_m)).sum(-1)
@@ -121,7 +139,9 @@ def test_gradient_is_not_zero_as_that_of_the_released_loss_is():
     z, y = logits()
     released = torch.autograd.grad(released_jsd(z.requires_grad_(), y, K).sum(), z)[0]
     with torch.no_grad():  # the same value, and no gradient at all
-        torch.testing.assert_close(released_jsd(z, y, K), value(z, y, support="student"), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            released_jsd(z, y, K), value(z, y, support="student"), rtol=1e-12, atol=0
+        )
     assert released.abs().max() < 1e-15
     assert autograd(z.detach(), y, support="student").norm(dim=-1).min() > 1e-3
     ours = z.detach().clone()
@@ -136,8 +156,13 @@ def test_never_above_the_full_divergence_and_growing_with_k(kind):
     full = value(z, y, k=V, kind=kind)
     log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    kl = {"forward_kl": (log_q.exp() * (log_q - log_p)).sum(-1), "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
-    kl["jsd"] = ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
+    kl = {
+        "forward_kl": (log_q.exp() * (log_q - log_p)).sum(-1),
+        "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+    }
+    kl["jsd"] = (
+        (log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)
+    ) / 2
     torch.testing.assert_close(full, kl[kind], rtol=1e-12, atol=0)
     previous = torch.zeros(20, dtype=torch.float64)
     for k in range(1, V + 1):
@@ -151,18 +176,26 @@ def test_never_above_the_full_divergence_and_growing_with_k(kind):
         assert (d <= -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)).all()
     far = torch.zeros(1, V, dtype=torch.float64)
     far[0, 0] = 60.0
-    assert abs(float(value(far, far.flip(1))) - math.log(2)) < 1e-12  # disjoint: the ceiling is reached, not passed
+    assert (
+        abs(float(value(far, far.flip(1))) - math.log(2)) < 1e-12
+    )  # disjoint: the ceiling is reached, not passed
 
 
 def test_invariances():
     z, y = logits()
     for kind, outside in itertools.product(KINDS, OUTSIDE):
         options = dict(kind=kind, outside=outside)
-        torch.testing.assert_close(value(z + 7.0, y - 3.0, **options), value(z, y, **options), rtol=1e-11, atol=1e-13)
-        torch.testing.assert_close(autograd(z + 7.0, y - 3.0, **options), autograd(z, y, **options), rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(
+            value(z + 7.0, y - 3.0, **options), value(z, y, **options), rtol=1e-11, atol=1e-13
+        )
+        gradients = autograd(z + 7.0, y - 3.0, **options), autograd(z, y, **options)
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-13)
         assert value(z, z + 2.0, **options).abs().max() < 1e-14
-        # The raw KLs push on even when student and teacher agree: the missing tail is what holds the buckets' pull in balance.
-        assert (autograd(z, z + 2.0, **options).abs().max() < 1e-14) == (outside != "raw" or kind == "jsd")
+        # The raw KLs push on even when student and teacher agree: the missing tail is what holds the buckets' pull in
+        # balance.
+        assert (autograd(z, z + 2.0, **options).abs().max() < 1e-14) == (
+            outside != "raw" or kind == "jsd"
+        )
     torch.testing.assert_close(value(z, y), value(y, z), rtol=1e-12, atol=0)
     # columns that both leave out: cut, or at -inf
     cut = value(z, y, valid_vocab=30)
@@ -171,7 +204,9 @@ def test_invariances():
     torch.testing.assert_close(cut, value(*masked), rtol=1e-14, atol=0)
     torch.testing.assert_close(cut, value(z, y[:, :30]), rtol=0, atol=0)
     gradient = autograd(z, y, valid_vocab=30)
-    assert (gradient[:, 30:] == 0).all() and torch.equal(gradient[:, :30], autograd(z[:, :30], y[:, :30]))
+    assert (gradient[:, 30:] == 0).all() and torch.equal(
+        gradient[:, :30], autograd(z[:, :30], y[:, :30])
+    )
 
 
 def test_equal_logits_rank_by_index():
@@ -193,26 +228,32 @@ def test_rows_without_a_distribution_are_nan_and_alone():
     assert metrics["bad"].tolist() == d.isnan().tolist() == [False, True, True, True, True, False]
     assert leaf.grad.isnan().all(-1).tolist() == metrics["bad"].tolist()
     good = [0, 5]
-    assert torch.equal(d[good], value(clean[good], y[good])) and torch.equal(leaf.grad[good], autograd(clean[good], y[good]))
+    assert torch.equal(d[good], value(clean[good], y[good]))
+    assert torch.equal(leaf.grad[good], autograd(clean[good], y[good]))
     closed = reference.gradient(z, y, k=K)
     assert closed.isnan().all(-1).tolist() == metrics["bad"].tolist()
     torch.testing.assert_close(closed[good], leaf.grad[good], rtol=1e-12, atol=1e-14)
 
 
 def test_impossible_tokens():
-    """-inf logits are probabilities of 0: JSD and reverse KL stay finite where the teacher allows more than the student."""
+    """-inf logits are probabilities of 0: JSD and reverse KL stay finite where only the teacher allows a token."""
     z, y = logits(n=2)
     z = z.clone()
     z[:, y[0].argmax()] = -math.inf
     for kind, support in itertools.product(KINDS, SUPPORTS[:3]):
         options = dict(kind=kind, support=support)
         d, g = value(z, y, **options), autograd(z, y, **options)
-        assert d.isfinite().all() or (kind == "forward_kl" and support != "student" and d[0] == math.inf)
+        assert d.isfinite().all() or (
+            kind == "forward_kl" and support != "student" and d[0] == math.inf
+        )
         assert g.isfinite().all()
         assert (reference.gradient(z, y, k=K, **options) - g).abs().max() < 1e-12
-    z[:, K:] = -math.inf  # the student's tail is empty, the teacher's is not: forward KL meets its floor and has no gradient there
+    # The student's tail is empty, the teacher's is not: forward KL meets its floor and has no gradient there.
+    z[:, K:] = -math.inf
     z[:, :K] = 1.0
     d, metrics = value(z, y, kind="forward_kl", support="student", return_metrics=True)
     assert metrics["tail_floored"].all() and d.isfinite().all()
     g = autograd(z, y, kind="forward_kl", support="student")
-    assert (reference.gradient(z, y, k=K, kind="forward_kl", support="student") - g).abs().max() < 1e-12
+    assert (
+        reference.gradient(z, y, k=K, kind="forward_kl", support="student") - g
+    ).abs().max() < 1e-12
