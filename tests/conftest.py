@@ -12,42 +12,57 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # two run at a time and share the cores; threads that wait for each other's would burn them
+# Two run at a time and share the cores; threads that wait for each other's would burn them.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from gradients import fixed_rows  # noqa: E402
+
 import common  # noqa: E402
-import toy  # noqa: E402
+from tools import toy  # noqa: E402
 
 
 def make_tiny(folder: Path, family: str = "qwen3_vl") -> None:
-    """Untrained student and teacher (other width, other vocabulary padding), two text-only models, and 24 rows of data, in seconds."""
+    """Untrained student and teacher, two text-only models, and 24 rows of data, in seconds.
+
+    Teachers have another width and another padding of the vocabulary.
+    """
     import datasets
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     rows = toy.make_rows(digits.images, digits.target, 24, seed=0)
-    features = datasets.Features({key: datasets.List(datasets.Image()) if key == "images" else datasets.Value("string") for key in rows[0]})
+    kinds = {key: datasets.Value("string") for key in rows[0]}
+    features = datasets.Features(kinds | {"images": datasets.List(datasets.Image())})
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "rows.parquet")
-    datasets.Dataset.from_list([{key: row[key] for key in ("text_problem", "answer")} for row in rows]).to_parquet(folder / "text.parquet")
+    text = [{key: row[key] for key in ("text_problem", "answer")} for row in rows]
+    datasets.Dataset.from_list(text).to_parquet(folder / "text.parquet")
     toy.write(toy.conflicts(digits.images, digits.target, rows[:4], seed=0), folder / "conflict")
     texts = [row["problem"] + row["text_problem"] + toy.respond(row, "reason") for row in rows]
     tokenizer = toy.make_tokenizer(texts)
     torch.manual_seed(0)
     tagged = toy.make_tokenizer(texts)
     tagged.add_tokens(["<think>", "</think>"])  # as Qwen3 has them and Qwen2.5 has not
-    kinds = {"student": (family, 64, 512), "teacher": (family, 128, 576), "text-only": ("qwen3", 64, 512), "tagged": ("qwen3", 128, 576)}
-    for name, (kind, hidden, vocab) in kinds.items():
+    models = {
+        "student": (family, 64, 512),
+        "teacher": (family, 128, 576),
+        "text-only": ("qwen3", 64, 512),
+        "tagged": ("qwen3", 128, 576),
+    }
+    for name, (kind, hidden, vocab) in models.items():
         model = toy.make_model(kind, tokenizer, hidden, 2, 32, vocab)
-        with torch.no_grad():  # sharper than an initialisation, so that the distributions differ from each other
+        # sharper than an initialisation, so that the distributions differ from each other
+        with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(2.0) if parameter.ndim > 1 else None
+                if parameter.ndim > 1:
+                    parameter.mul_(2.0)
         model.save_pretrained(folder / name)
         (tagged if name == "tagged" else tokenizer).save_pretrained(folder / name)
         if kind != "qwen3":
@@ -62,36 +77,68 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_rows(tiny) -> common.Rows:
-    return common.Rows(str(tiny / "rows.parquet"), "train", {"problem": "problem"})
+def tiny_rows(tiny) -> list[dict]:
+    return fixed_rows(tiny, common.Processor(f"{tiny}/student"))
 
 
 def flags(tiny: Path, output: Path | None = None, **changes) -> list[str]:
-    """A short run on the tiny models; changes override or add flags (None removes one, False says --no-)."""
-    values = dict(preset="toy", student=tiny / "student", teacher=tiny / "teacher", data=tiny / "rows.parquet", eval_data=tiny / "rows.parquet",
-                  eval_split="train", prompts=4, max_steps=2, max_response=12, micro_tokens=300, eval_rows=4, eval_every=0, output=output) | changes
-    named = [(key.replace("_", "-"), value) for key, value in values.items() if value is not None]
-    return [part for name, value in named for part in ([f"--no-{name}"] if value is False else [f"--{name}", str(value)])]
+    """A short run on the tiny models; changes override or add flags (None removes one, True and False are switches)."""
+    values = dict(
+        preset="toy",
+        student=tiny / "student",
+        teacher=tiny / "teacher",
+        data=tiny / "rows.parquet",
+        eval_data=tiny / "rows.parquet",
+        eval_split="train",
+        prompts=4,
+        max_steps=2,
+        max_response=12,
+        micro_tokens=300,
+        eval_rows=4,
+        eval_every=0,
+        output=output,
+    )
+    argv = []
+    for key, value in (values | changes).items():
+        name = key.replace("_", "-")
+        if value is True or value is False:
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            argv += [f"--{name}", str(value)]
+    return argv
 
 
 def in_tiny(tiny: Path, settings: dict) -> dict:
     """Settings of a test's table, in which the text-only model and rows are named alone."""
-    return {key: tiny / value if value in ("text-only", "text.parquet") else value for key, value in settings.items()}
+    ours = ("text-only", "text.parquet")
+    return {key: tiny / value if value in ours else value for key, value in settings.items()}
 
 
 METHODS = ("vgs.py", "vold.py", "ptdpo.py", "vigos.py", "reopold.py")
 
 
-def run_script(script, *argv, torchrun: int = 0, timeout: int = 300, cwd: Path = ROOT, env: dict | None = None) -> subprocess.CompletedProcess:
+def run_script(
+    script, *argv, torchrun: int = 0, timeout: int = 900, cwd: Path = ROOT, env: dict | None = None
+) -> subprocess.CompletedProcess:
     """Run a script of this folder as a user would, under torchrun with `torchrun` processes if that is not 0.
 
-    A method that needs neither torchrun nor an environment of its own runs in this process, which saves half a dozen seconds of start.
+    A method that needs neither torchrun nor an environment of its own runs in this process, which saves the start's
+    seconds. timeout: for what hangs; no test depends on how fast the machine is.
     """
     if script in METHODS and not torchrun and cwd == ROOT and env is None:
         return run_here(script, *argv)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)] if torchrun else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""} | (env or {})
-    return subprocess.run([sys.executable, *launch, str(script), *map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    launch = []
+    if torchrun:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    return subprocess.run(
+        [sys.executable, *launch, str(script), *map(str, argv)],
+        cwd=cwd,
+        env=environment | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def run_here(script: str, *argv) -> subprocess.CompletedProcess:
@@ -102,7 +149,7 @@ def run_here(script: str, *argv) -> subprocess.CompletedProcess:
     os.chdir(ROOT)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            importlib.import_module(script.removesuffix(".py")).main()
+            common.launch(importlib.import_module(script.removesuffix(".py")).main)
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         err.write("" if isinstance(e.code, int) or e.code is None else f"{e.code}\n")
@@ -118,33 +165,32 @@ def run_here(script: str, *argv) -> subprocess.CompletedProcess:
 
 
 def refusal(script: str, argv: list) -> str:
-    """What a run with these flags says before it stops: asked of its settings first, which is quick, and else of the real script."""
-    method = importlib.import_module(script.removesuffix(".py"))
-    try:
-        method.check_settings(*common.parse_args(method.Args, method.PRESETS, list(map(str, argv))))
-    except common.UserError as e:
-        return e.message
-    except SystemExit:  # the parser's, which has printed its message
-        pass
+    """What a run with these flags says before it stops."""
     result = run_script(script, *argv)
     assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
     return result.stderr + result.stdout
 
 
-def layout_gradients(tiny: Path, tmp_path: Path, layouts: list, machines: int = 1, dtype: str = "float32") -> list[dict]:
-    """Gradients of one update on fixed rollouts (gradients.py), one a layout; all layouts are for the same number of ranks.
+def layout_gradients(
+    tiny: Path, tmp_path: Path, layouts: list, machines: int = 1, dtype: str = "float32"
+) -> list[dict]:
+    """Gradients of one update on fixed rollouts (gradients.py), one a layout; all are for the same number of ranks.
 
-    machines: as many torchrun agents, which find each other by their rendezvous as on different machines. dtype: of the whole update.
+    machines: as many torchrun agents, which find each other by their rendezvous as on different machines. dtype: of the
+    whole update.
     """
     layouts = [(*layout, settings | {"dtype": dtype}) for *layout, settings in layouts]
-    ranks, argv = len(layouts[0][0]), ["tests/gradients.py", tiny, tmp_path / "gradients.pt", json.dumps(layouts)]
+    ranks = len(layouts[0][0])
+    argv = ["tests/gradients.py", tiny, tmp_path / "gradients.pt", json.dumps(layouts)]
     if machines == 1:
         results = [run_script(*argv, torchrun=ranks if ranks > 1 else 0)]
     else:
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        meet = ["-m", "torch.distributed.run", "--nnodes", machines, "--nproc-per-node", ranks // machines, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+        meet = ["-m", "torch.distributed.run", "--nnodes", machines]
+        meet += ["--nproc-per-node", ranks // machines, "--rdzv-backend", "c10d"]
+        meet += ["--rdzv-endpoint", f"localhost:{port}"]
         with ThreadPoolExecutor(machines) as pool:
             results = list(pool.map(lambda _: run_script(*meet, *argv), range(machines)))
     assert all(result.returncode == 0 for result in results), results[0].stderr

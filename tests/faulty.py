@@ -1,94 +1,171 @@
-"""Worker of test_faults.py: a method's main(), in which one thing goes wrong on the last rank in the second step.
+"""A method's main(), in which one thing goes wrong on the last rank: worker of test_faults.py and test_resume.py.
 
-python tests/faulty.py RESULT METHOD.PY FAULT FLAGS...    When an update is refused the first rank writes to RESULT, as JSON, whether any weight
-had moved on each rank, and how many updates had been done.
+    python tests/faulty.py RESULT METHOD.PY FAULT FLAGS...
+
+It strikes once this process has done one update: in the next one, or in the first checkpoint's writing. When an update
+is refused, the first rank writes to RESULT, as JSON, what each rank holds: whether a weight of its has moved, how many
+updates were done, and the rows of this one. Of die-WHERE and hang-WHERE nothing is left to be written.
 """
 
 import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 
-clip_and_step, vocab_loss, load_models, group_advantages = common.clip_and_step, common.vocab_loss, common.load_models, common.group_advantages
 state = {"fault": "", "updates": 0}
 
 
 def strikes(fault: str) -> bool:
-    """Whether this fault is due: on the last rank, before the second update."""
-    return state["fault"] == fault and state["updates"] == 1 and common.rank() == common.world_size() - 1
+    """Whether this fault is due on this rank."""
+    last = common.rank() == common.world_size() - 1
+    return state["fault"] == fault and state["updates"] == 1 and last
 
 
-def perish(where: str) -> None:
-    """This process dies, or hangs as one does that the system has stopped, if that is due here."""
+def perish(where: str):
+    """This process dies, or stops as one does that the system has stopped, if that is due here."""
     for fault, number in ((f"die-{where}", signal.SIGKILL), (f"hang-{where}", signal.SIGSTOP)):
         if strikes(fault):
             os.kill(os.getpid(), number)
 
 
-def perishing(where: str, function):
+def perishing(holder, name: str, before: str = "", after: str = ""):
+    """Put a function that may perish before or after its work in the place of holder.name."""
+    function = getattr(holder, name)
+
     def perishes(*args, **kwargs):
-        perish(where)
-        return function(*args, **kwargs)
+        perish(before)
+        result = function(*args, **kwargs)
+        perish(after)
+        return result
+
+    setattr(holder, name, perishes)
+
+
+def perish_at_rename(rename):
+    """Of a whole checkpoint; torch renames files in it, too."""
+
+    def perishes(path, target):
+        whole = path.name.startswith("step-")
+        perish("rename" if whole else "")
+        rename(path, target)
+        perish("clean" if whole else "")
 
     return perishes
 
 
-def faulty_loss(fn, weights, *args, **kwargs):
-    def broken(*tensors):
-        perish("update")
-        extra = math.nan if strikes("loss-nan") else math.inf if strikes("loss-inf") else 0.0
-        return tuple(term + extra for term in fn(*tensors))
+def perish_in_the_middle(rmtree):
+    """Of what the newest checkpoint replaces."""
 
-    return vocab_loss(broken, weights, *args, **kwargs)
+    def perishes(path, *args, **kwargs):
+        if strikes("die-middle") and Path(path).name == "state":
+            Path(path, ".metadata").unlink()
+            perish("middle")
+        rmtree(path, *args, **kwargs)
 
-
-def faulty_step(models, micros, names, limit):
-    gradients = [common.shard(p.grad) for p in models.student.parameters() if p.grad is not None]
-    for fault, value in (("gradient-nan", math.nan), ("gradient-inf", math.inf)):
-        if strikes(fault):
-            next(g for g in gradients if g.numel()).view(-1)[0] = value
-    before = [common.shard(p).clone() for p in models.student.parameters()]
-    try:
-        result = clip_and_step(models, micros, names, limit)
-    except common.NotFinite:
-        moved = any(not torch.equal(a, common.shard(p)) for a, p in zip(before, models.student.parameters()))
-        found = common.all_gather_object((moved, state["updates"]))
-        if common.rank() == 0:
-            state["result"].write_text(json.dumps(dict(zip(("moved", "updates"), zip(*found)))))
-        raise
-    state["updates"] += 1
-    return result
+    return perishes
 
 
-def faulty_models(*args):
-    models = load_models(*args)
+def spoil_loss(vocab_loss):
+    def spoilt(fn, weights, *args, **kwargs):
+        def broken(*tensors):
+            perish("update")
+            extra = 0.0
+            if strikes("loss-nan"):
+                extra = math.nan
+            elif strikes("loss-inf"):
+                extra = math.inf
+            return tuple(term + extra for term in fn(*tensors))
 
+        return vocab_loss(broken, weights, *args, **kwargs)
+
+    return spoilt
+
+
+def spoil_gradient(backward):
+    def spoilt(run, *args):
+        loss = backward(run, *args)
+        gradients = [local(p.grad) for p in run.student.parameters() if p.grad is not None]
+        for fault, value in (("gradient-nan", math.nan), ("gradient-inf", math.inf)):
+            if strikes(fault):
+                next(g for g in gradients if g.numel()).view(-1)[0] = value
+        return loss
+
+    return spoilt
+
+
+def spoil_teacher(load):
     def hook(module, inputs, hidden):
-        return hidden.index_fill(0, torch.tensor([0]), math.nan) if strikes("teacher-nan") and len(hidden) else hidden
+        due = strikes("teacher-nan") and len(hidden)
+        return hidden.index_fill(0, torch.tensor([0]), math.nan) if due else hidden
 
-    if isinstance(models.teacher, torch.nn.Module):
-        models.teacher.register_forward_hook(hook)
-    return models
+    def spoilt(run, *args):
+        load(run, *args)
+        if isinstance(run.teacher, torch.nn.Module):
+            run.teacher.register_forward_hook(hook)
+
+    return spoilt
 
 
-def faulty_advantages(rewards, group):
-    return group_advantages(torch.where(torch.arange(len(rewards)) == 1, math.nan, rewards) if strikes("reward-nan") else rewards, group)
+def spoil_reward(group_advantages):
+    def spoilt(rewards, group):
+        if strikes("reward-nan"):
+            rewards = torch.where(torch.arange(len(rewards)) == 1, math.nan, rewards)
+        return group_advantages(rewards, group)
+
+    return spoilt
+
+
+def watch(update):
+    """Count the updates; of one that is refused, write what it leaves."""
+
+    def watched(run, micros, *args):
+        before = [local(p).clone() for p in run.student.parameters()]
+        try:
+            log = update(run, micros, *args)
+        except common.UserError:
+            now = [local(p) for p in run.student.parameters()]
+            moved = any(not torch.equal(a, b) for a, b in zip(before, now))
+            rows = sorted({s.row["index"] for m in micros for s in m.samples})
+            found = {"moved": moved, "updates": state["updates"], "rows": rows}
+            ranks = common.all_gather_object(found)
+            if common.rank() == 0:
+                state["result"].write_text(json.dumps(ranks))
+            raise
+        state["updates"] += 1
+        return log
+
+    return watched
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def main() -> None:
     _, result, script, state["fault"], *argv = sys.argv
-    common.clip_and_step, common.vocab_loss, common.load_models, common.group_advantages = faulty_step, faulty_loss, faulty_models, faulty_advantages
-    common.training_state = perishing("save", common.training_state)
-    common.HFEngine.generate = perishing("rollout", common.HFEngine.generate)
     state["result"], sys.argv = Path(result), [script, *argv]
+    common.vocab_loss = spoil_loss(common.vocab_loss)
+    common.group_advantages = spoil_reward(common.group_advantages)
+    common.Run.load = spoil_teacher(common.Run.load)
+    common.Run.backward = spoil_gradient(common.Run.backward)
+    common.Run.update = watch(common.Run.update)
+    perishing(common.HFEngine, "generate", before="rollout")
+    perishing(shutil, "copy", before="weights")  # of a checkpoint, before its config is there
+    perishing(common.Run, "training_state", before="save")
+    perishing(dcp.FileSystemWriter, "write_data", after="state")  # the data without their index
+    Path.rename = perish_at_rename(Path.rename)
+    shutil.rmtree = perish_in_the_middle(shutil.rmtree)
     importlib.import_module(script.removesuffix(".py")).main()
 
 

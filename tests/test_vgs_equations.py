@@ -43,7 +43,9 @@ def test_eq_3_6_11_12_values(logits):
     pI, pL, qI, qL = (softmax(z) for z in logits)
     std, vis, lang, vds = vgs.divergences(*logits)
     torch.testing.assert_close(std, reference_kl(pI, qI), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(vis, reference_kl(pI, reference_target(pL, qI, qL)), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        vis, reference_kl(pI, reference_target(pL, qI, qL)), rtol=1e-12, atol=1e-14
+    )
     torch.testing.assert_close(lang, reference_kl(pL, qL), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(vds, reference_kl(qI, qL), rtol=1e-12, atol=1e-14)
 
@@ -53,7 +55,11 @@ def test_eq_3_6_11_gradients(logits):
     zI, zL, _, _ = logits
     pI, pL, qI, qL = (softmax(z).detach() for z in logits)
     std, vis, lang, _ = vgs.divergences(*logits)
-    for term, z, p, q in ((std, zI, pI, qI), (vis, zI, pI, reference_target(pL, qI, qL)), (lang, zL, pL, qL)):
+    for term, z, p, q in (
+        (std, zI, pI, qI),
+        (vis, zI, pI, reference_target(pL, qI, qL)),
+        (lang, zL, pL, qL),
+    ):
         (gradient,) = torch.autograd.grad(term.sum(), z, retain_graph=True)
         expected = p * ((p / q).log() - reference_kl(p, q)[:, None])
         torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-13)
@@ -68,7 +74,7 @@ def test_eq_10_no_gradient_through_the_students_prior(logits):
 
 
 def test_eq_13_one_kl_identity(logits):
-    """Std + gamma Vis has the gradient of (1 + gamma) KL(pI || r), r proportional to qI (pL / qL)^(gamma / (1 + gamma))."""
+    """Std + gamma Vis has the gradient of (1 + gamma) KL(pI || r), r ~ qI (pL / qL)^(gamma / (1 + gamma))."""
     zI, zL, _, _ = logits
     pL, qI, qL = (softmax(z).detach() for z in logits[1:])
     for gamma in (0.5, 2.0, 7.0):
@@ -108,7 +114,12 @@ def test_padded_vocabulary_of_minus_infinity_equals_slicing(dtype):
         results.append([*terms, tensors[0].grad[:, :V], tensors[1].grad[:, :V]])
         assert all(z.grad.isfinite().all() for z in tensors[:2])
     for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6 if dtype == torch.float32 else 1e-14)
+        torch.testing.assert_close(
+            ours,
+            theirs,
+            rtol=1e-5 if dtype == torch.float32 else 1e-12,
+            atol=1e-6 if dtype == torch.float32 else 1e-14,
+        )
 
 
 def test_extreme_logits_stay_finite():
@@ -117,91 +128,132 @@ def test_extreme_logits_stay_finite():
     z[0].requires_grad_(), z[1].requires_grad_()
     terms = vgs.divergences(*z)
     sum(t.sum() for t in terms).backward()
-    assert all(t.isfinite().all() for t in terms) and z[0].grad.isfinite().all() and z[1].grad.isfinite().all()
+    assert (
+        all(t.isfinite().all() for t in terms)
+        and z[0].grad.isfinite().all()
+        and z[1].grad.isfinite().all()
+    )
 
 
 VDS = torch.tensor([0.1, 0.4, 0.5, 0.7, 0.9])
 Q40, Q70 = torch.tensor(0.4), torch.tensor(0.7)
 
 
-@pytest.mark.parametrize("method, std, vis, lang", [
-    ("standard", [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
-    ("vgs", [1, 1, 1, 1, 1], [2, 2, 2, 2, 2], [0, 0, 0, 0, 0]),  # Eq. 13
-    ("vgs-lp", [1, 1, 1, 1, 1], [2, 2, 2, 2, 2], [0, 0, 0, 0, 0.3]),  # Eq. 16: strictly above Q0.7
-    ("adaptive", [1, 1, 1, 1, 1], [0, 0, 1, 1, 2], [0, 0, 0, 0, 0.3]),  # Eq. 25: 0 up to Q0.4, gamma / 2 up to Q0.7, gamma above
-    ("lang-steer", [1, 1, 1, 1, 1], [0, 0, 0, 0, 0.3], [2, 2, 2, 2, 2]),  # Eq. 19, 21
-])
-def test_eq_13_16_19_25_coefficients(method, std, vis, lang):
-    got = vgs.steering(method, VDS, Q40, Q70, gamma=2.0, lam=0.3)
-    torch.testing.assert_close(got, torch.tensor([std, vis, lang], dtype=torch.float32))
+STANDARD = {"gamma": 0.0, "lambda_lp": 0.0}
 
 
-def test_gamma_and_lambda_zero_are_standard_exactly():
-    standard = vgs.steering("standard", VDS, Q40, Q70, 0.0, 0.0)
-    for method in ("vgs", "vgs-lp", "adaptive", "lang-steer"):
-        assert torch.equal(vgs.steering(method, VDS, Q40, Q70, 0.0, 0.0), standard)
+@pytest.mark.parametrize(
+    "settings, std, vis, lang",
+    [
+        (STANDARD, [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
+        ({"lambda_lp": 0.0}, [1, 1, 1, 1, 1], [2, 2, 2, 2, 2], [0, 0, 0, 0, 0]),  # Eq. 13
+        ({}, [1, 1, 1, 1, 1], [2, 2, 2, 2, 2], [0, 0, 0, 0, 0.3]),  # Eq. 16: strictly above Q0.7
+        # Eq. 25: 0 up to Q0.4, gamma / 2 up to Q0.7, gamma above
+        ({"steer": "adaptive"}, [1, 1, 1, 1, 1], [0, 0, 1, 1, 2], [0, 0, 0, 0, 0.3]),
+        ({"steer": "language"}, [1, 1, 1, 1, 1], [0, 0, 0, 0, 0.3], [2, 2, 2, 2, 2]),  # Eq. 19, 21
+    ],
+)
+def test_eq_13_16_19_25_coefficients(settings, std, vis, lang):
+    got = vgs.steering(VDS, Q40, Q70, vgs.Args(**{"gamma": 2.0, "lambda_lp": 0.3} | settings))
+    for name, expected in (("std", std), ("vis", vis), ("lang", lang)):
+        torch.testing.assert_close(got[name], torch.tensor(expected, dtype=torch.float32))
 
 
-def micro(lengths, vds=None, advantage=0.0):
+@pytest.mark.parametrize("steer", ["image", "adaptive", "language"])
+def test_gamma_and_lambda_zero_are_standard_exactly(steer):
+    got = vgs.steering(VDS, Q40, Q70, vgs.Args(steer=steer, **STANDARD))
+    assert torch.equal(got["std"], torch.ones(5))
+    assert torch.equal(got["vis"], torch.zeros(5)) and torch.equal(got["lang"], torch.zeros(5))
+
+
+def micro(lengths, vds=None):
     """A micro-batch without sequences, for weigh alone."""
-    n = sum(lengths)
-    return vgs.Micro([], {}, 2, torch.zeros(n, dtype=torch.long), common.per_token(lengths, lengths), torch.zeros(n), torch.full((n,), advantage),
-                     torch.zeros(n), vds=vds)
+    m = common.Micro.__new__(common.Micro)
+    m.lengths, m.teacher = lengths, [] if vds is None else [None, None]
+    m.length, m.vds = m.spread(lengths), vds
+    return m
+
+
+RUN = types.SimpleNamespace(own={})
+
+
+def weights_of(m) -> dict:
+    """Those that are not zero everywhere."""
+    return {name: w for name, w in m.weights.items() if w.abs().sum() > 0}
 
 
 def test_eq_3_16_17_18_weights_are_response_means():
-    """Two responses of 2 and 4 tokens: every token weighs 1 / (its length * 2); LP divides by the length, not by what it selects."""
+    """Two responses of 2 and 4 tokens: a token weighs 1 / (its length * 2); LP divides by the length as well."""
     vds = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     q70 = 3.5  # linear interpolation at 0.7 * 5
-    args = vgs.Args(method="vgs-lp", gamma=2.0, lambda_lp=0.1)
     m = micro([2, 4], vds)
-    vgs.weigh([m], args, eta=0.5)
+    vgs.weigh([m], RUN, vgs.Args(gamma=2.0, lambda_lp=0.1, eta=0.5))
     mean = torch.tensor([1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
-    torch.testing.assert_close(m.weights, torch.stack([0.5 * mean, 0.5 * 2 * mean, 0.5 * 0.1 * mean * (vds > q70), *[0 * mean] * 4]))
+    got = weights_of(m)
+    assert set(got) == {"std", "vis", "lang"}
+    torch.testing.assert_close(got["std"], 0.5 * mean)
+    torch.testing.assert_close(got["vis"], 0.5 * 2 * mean)
+    torch.testing.assert_close(got["lang"], 0.5 * 0.1 * mean * (vds > q70))
 
 
 def test_quantiles_and_divisors_span_the_micro_batches():
     vds = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
-    args = vgs.Args(method="adaptive", gamma=2.0, lambda_lp=0.1)
-    together, apart = [micro([2, 4], vds)], [micro([2], vds[:2]), micro([], vds[:0]), micro([4], vds[2:])]
-    vgs.weigh(together, args, 1.0)
-    vgs.weigh(apart, args, 1.0)
-    torch.testing.assert_close(together[0].weights, torch.cat([m.weights for m in apart], -1))
+    args = vgs.Args(steer="adaptive", gamma=2.0, lambda_lp=0.1)
+    together = [micro([2, 4], vds)]
+    apart = [micro([2], vds[:2]), micro([0], vds[:0]), micro([4], vds[2:])]
+    vgs.weigh(together, RUN, args)
+    vgs.weigh(apart, RUN, args)
+    for name, whole in together[0].weights.items():
+        torch.testing.assert_close(whole, torch.cat([m.weights[name] for m in apart]))
 
 
 def test_eq_22_mixes_with_grpo():
-    args = vgs.Args(method="vgs", gamma=2.0, alpha=0.3, group=2)
-    m = micro([2, 4], advantage=1.0)
-    vgs.weigh([m], args, eta=1.0)
+    """alpha of distillation, 1 - alpha of the surrogate, which is maximised; no eta."""
+    m = micro([2, 4], torch.arange(6.0))
+    vgs.weigh([m], RUN, vgs.Args(gamma=2.0, lambda_lp=0.0, alpha=0.3, eta=0.5))
     mean = torch.tensor([1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8])
-    torch.testing.assert_close(m.weights, torch.stack([0.3 * mean, 0.3 * 2 * mean, 0 * mean, -0.7 * mean, *[0 * mean] * 3]))
-    grpo = micro([2, 4], advantage=1.0)
-    vgs.weigh([grpo], vgs.Args(method="grpo", group=2), eta=1.0)
-    torch.testing.assert_close(grpo.weights, torch.stack([0 * mean, 0 * mean, 0 * mean, -mean, *[0 * mean] * 3]))
+    got = weights_of(m)
+    assert set(got) == {"std", "vis", "surrogate"}
+    torch.testing.assert_close(got["std"], 0.3 * mean)
+    torch.testing.assert_close(got["vis"], 0.3 * 2 * mean)
+    torch.testing.assert_close(got["surrogate"], -0.7 * mean)
+    grpo = micro([2, 4])
+    vgs.weigh([grpo], RUN, vgs.Args(alpha=0.0))
+    assert set(weights_of(grpo)) == {"surrogate"}
+    torch.testing.assert_close(grpo.weights["surrogate"], -mean)
 
 
 def test_clipped_surrogate_and_its_gradient():
     """min(rho A, clip(rho) A): outside the clip range and on its far side the gradient is zero; inside it is rho A."""
     log_p = torch.tensor([0.0, 0.5, 0.5, -0.5, -0.5], dtype=torch.float64, requires_grad=True)
-    old, advantage = torch.zeros(5, dtype=torch.float64), torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    value = common.clipped_surrogate(log_p, old, advantage, 0.2, 0.3)
+    old = torch.zeros(5, dtype=torch.float64)
+    advantage = torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    value, cut = common.clipped_surrogate(log_p, old, advantage, 0.2, 0.3)
     up, down = math.exp(0.5), math.exp(-0.5)
-    torch.testing.assert_close(value, torch.tensor([2.0, 1.3, -up, down, -0.8], dtype=torch.float64))
+    expected = torch.tensor([2.0, 1.3, -up, down, -0.8], dtype=torch.float64)
+    torch.testing.assert_close(value, expected)
+    assert cut.tolist() == [0, 1, 0, 0, 1]
     value.sum().backward()
-    torch.testing.assert_close(log_p.grad, torch.tensor([2.0, 0.0, -up, down, 0.0], dtype=torch.float64))
+    expected = torch.tensor([2.0, 0.0, -up, down, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(log_p.grad, expected)
 
 
 def test_group_advantages():
     got = common.group_advantages(torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1]), 4)
-    torch.testing.assert_close(got, torch.tensor([0.8660, -0.8660, -0.8660, 0.8660, 0, 0, 0, 0]), atol=1e-4, rtol=0)
+    expected = torch.tensor([0.8660, -0.8660, -0.8660, 0.8660, 0, 0, 0, 0])
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
     assert torch.equal(got[4:], torch.zeros(4))
 
 
-@pytest.mark.parametrize("norms, eta", [((2.0, 4.0), 0.5), ((2.0, 0.0), 1.0), ((math.nan, math.nan), 1.0), ((2.0, math.inf), 1.0)])
+NORMS = [((2.0, 4.0), 0.5), ((2.0, 0.0), 1.0), ((math.nan, math.nan), 1.0), ((2.0, math.inf), 1.0)]
+
+
+@pytest.mark.parametrize("norms, eta", NORMS)
 def test_eq_15_eta_of_norms_that_cannot_be_divided_is_1(norms, eta, monkeypatch):
     """A NaN of one rank is in every rank's norm: as eta it would be in every weight too, and blame all of them."""
     found = iter(norms)
     monkeypatch.setattr(common, "grad_norm", lambda student: torch.tensor(next(found)))
-    for phase in ("weigh", "accumulate"):
-        monkeypatch.setattr(vgs, phase, lambda *args, **kwargs: None)
-    assert vgs.measure_eta([], types.SimpleNamespace(student=torch.nn.Linear(1, 1)), vgs.Args())["eta"] == eta
+    monkeypatch.setattr(vgs, "weigh", lambda *args: None)
+    student = torch.nn.Linear(1, 1)
+    run = types.SimpleNamespace(student=student, backward=lambda *args: None, own={})
+    assert vgs.measure_eta([], run, vgs.Args())["eta"] == eta == run.own["eta"]

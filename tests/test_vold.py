@@ -1,8 +1,9 @@
-"""VOLD's pieces: the estimators' gradients, masks, the teacher's tokens, the three stages as a user runs them, and what they refuse."""
+"""VOLD: the estimators' gradients, masks, the teacher's tokens, the three stages as a user runs them, and refusals."""
 
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,81 +20,104 @@ INSTRUCTION = vold.PRESETS["toy"]["instruction"]
 def estimate_gradients(z, y, ids, estimator):
     """Gradient of the estimate at each sampled token, [N, V]: one row of logits z [V] for all of them."""
     rows = z.expand(len(ids), -1).clone().requires_grad_()
-    log_p, log_q = (common.gather(x.log_softmax(-1), ids) for x in (rows, y.expand(len(ids), -1)))
+    log_p = common.gather(rows.log_softmax(-1), ids)
+    log_q = common.gather(y.expand(len(ids), -1).log_softmax(-1), ids)
     return torch.autograd.grad(vold.distance(log_p, log_q, estimator).sum(), rows)[0]
 
 
-@pytest.mark.parametrize("estimator, exact", [
-    ("k1", lambda p, q: torch.zeros_like(p)),
-    ("k2", lambda p, q: p * ((p / q).log() - (p * (p / q).log()).sum())),  # of KL(p || q), by hand
-    ("k3", lambda p, q: p - q),  # of KL(q || p)
-])  # fmt: skip
-def test_eq_3_the_mean_gradient_of_the_estimators(estimator, exact):
+EXACT = {
+    "k1": lambda p, q: torch.zeros_like(p),
+    "k2": lambda p, q: p * ((p / q).log() - (p * (p / q).log()).sum()),  # of KL(p || q), by hand
+    "k3": lambda p, q: p - q,  # of KL(q || p)
+}
+
+
+@pytest.mark.parametrize("estimator", EXACT)
+def test_eq_3_the_mean_gradient_of_the_estimators(estimator):
     generator = torch.Generator().manual_seed(0)
     z, y = torch.randn(2, VOCABULARY, dtype=torch.float64, generator=generator)
     p, q = z.softmax(-1), y.softmax(-1)
+    exact = EXACT[estimator](p, q)
     each = estimate_gradients(z, y, torch.arange(VOCABULARY), estimator)
-    torch.testing.assert_close(p @ each, exact(p, q), rtol=1e-10, atol=1e-12)  # the expectation, summed over the vocabulary
+    # The expectation, summed over the vocabulary.
+    torch.testing.assert_close(p @ each, exact, rtol=1e-10, atol=1e-12)
     n = 200_000
     drawn = each[torch.multinomial(p, n, replacement=True, generator=generator)]
-    error = (drawn.mean(0) - exact(p, q)).norm()
-    assert error < 4 * (drawn.var(0).sum() / n).sqrt()  # and what sampling comes to: k2's standard error and no more
+    error = (drawn.mean(0) - exact).norm()
+    assert error < 4 * (drawn.var(0).sum() / n).sqrt()  # what sampling comes to, and no more
     if estimator == "k2":
         r = z.clone().requires_grad_()
         kl = common.kl(r.log_softmax(-1), y.log_softmax(-1))
-        torch.testing.assert_close(torch.autograd.grad(kl, r)[0], exact(p, q), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(kl, r)[0], exact, rtol=1e-10, atol=1e-12)
 
 
 def test_eq_6_the_mask():
     correct = [True, False, False, False, True, True]
-    assert vold.distilled(correct, 2, "response") == [False, True, True, True, False, False]  # 1 - r
-    assert vold.distilled(correct, 2, "group") == [False, False, True, True, False, False]
-    assert vold.distilled(correct, 2, "none") == [True] * 6
-    assert vold.distilled(correct, 3, "group") == [False] * 6
+    assert vold.distilled(correct, 2, "response").tolist() == [0, 1, 1, 1, 0, 0]  # 1 - r
+    assert vold.distilled(correct, 2, "group").tolist() == [0, 0, 1, 1, 0, 0]
+    assert vold.distilled(correct, 2, "none").tolist() == [1] * 6
+    assert vold.distilled(correct, 3, "group").tolist() == [0] * 6
 
 
 def test_kdrls_falling_beta():
     args = vold.Args(beta=5e-3, beta_decay=5e-5, beta_min=1e-3)
-    assert [vold.beta(args, step) for step in (1, 2, 81, 500)] == pytest.approx([5e-3, 4.95e-3, 1e-3, 1e-3])
+    found = [vold.beta(args, step) for step in (1, 2, 81, 500)]
+    assert found == pytest.approx([5e-3, 4.95e-3, 1e-3, 1e-3])
 
 
 def test_a_response_that_was_cut_off_is_wrong():
-    done, cut = (common.Sample({"answer": "4"}, {}, common.Response([1], [0.0], finished, "\\boxed{4}")) for finished in (True, False))
+    done, cut = (
+        common.Sample({"answer": "4"}, {}, common.Response([1], finished, "\\boxed{4}"))
+        for finished in (True, False)
+    )
     common.reward_answers([done, cut], 2)
     assert (done.correct, cut.correct, done.reward, cut.reward) == (True, False, 1.0, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------- the teacher's tokens
+# =============================================================================================== the teacher's tokens
 @pytest.fixture(scope="module")
 def processors(tiny):
     return [common.Processor(str(tiny / name)) for name in ("student", "tagged", "text-only")]
 
 
-@pytest.mark.parametrize("text", ["<think>\n1+1=2.</think>\n\n\\boxed{2}", "<think></think>", "so <think>3</think> and <think>4", "no tag <thin> here",
-                                  "</think>", "\u00e9<think>\u00e9</think>\u00e9", ""])  # fmt: skip
+TEXTS = [
+    "<think>\n1+1=2.</think>\n\n\\boxed{2}",
+    "<think></think>",
+    "so <think>3</think> and <think>4",
+    "no tag <thin> here",
+    "</think>",
+    "\u00e9<think>\u00e9</think>\u00e9",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_the_teacher_reads_its_own_tags(processors, text):
     student, teacher, _ = processors
     tags = vold.tags_of(student, teacher)
-    assert set(tags) == {"<think>", "</think>"}
-    ids = student.tokenizer(text, add_special_tokens=False)["input_ids"] + [student.tokenizer.eos_token_id]
+    assert tags == ["</think>", "<think>"]
+    ids = student.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids.append(student.tokenizer.eos_token_id)
     theirs, places = vold.reread(ids, student, teacher, tags)
     assert teacher.tokenizer.decode(theirs) == student.tokenizer.decode(ids)
-    assert [tags[tag] for tag in re.findall("</?think>", text)] == [i for i in theirs if i in tags.values()]
+    number = {tag: teacher.tokenizer.convert_tokens_to_ids(tag) for tag in tags}
+    written = [number[tag] for tag in re.findall("</?think>", text)]
+    assert written == [i for i in theirs if i in number.values()]
     assert len(places) == len(ids) and places[-1] == len(theirs) - 1  # the end of the turn is known
     assert all(theirs[place] == token for token, place in zip(ids, places) if place >= 0)
-    pieces = "".join(student.tokenizer.decode([token]) for token, place in zip(ids, places) if place < 0)
-    assert (pieces != "") == ("think>" in text and "<thin>" not in text)
+    unknown = [token for token, place in zip(ids, places) if place < 0]
+    assert (unknown != []) == ("think>" in text)
     if "think>" not in text:
         assert (theirs, places) == (ids, list(range(len(ids))))
 
 
 def test_one_family_has_nothing_to_map(processors):
     student, _, teacher = processors
-    assert vold.tags_of(student, teacher) == {}
+    assert vold.tags_of(student, teacher) == []
 
 
 def test_tokenizers_that_differ_are_refused_by_name(tiny, tmp_path, processors):
-    student, _, teacher = processors
+    student, tagged, teacher = processors
     folder = tmp_path / "other"
     shutil.copytree(tiny / "text-only", folder)
     table = json.loads((folder / "tokenizer.json").read_text())
@@ -101,14 +125,28 @@ def test_tokenizers_that_differ_are_refused_by_name(tiny, tmp_path, processors):
     inverse = {i: token for token, i in vocabulary.items()}
     vocabulary[inverse[300]], vocabulary[inverse[301]] = 301, 300
     (folder / "tokenizer.json").write_text(json.dumps(table))
-    with pytest.raises(common.UserError, match="differ in 2 tokens: 300 is"):
+    with pytest.raises(common.UserError, match="differ in 2 tokens") as refused:
         vold.tags_of(student, common.Processor(str(folder)))
-    with pytest.raises(common.UserError, match="differ in 2 tokens.*None"):
-        vold.tags_of(common.Processor(str(tiny / "tagged")), teacher)  # the student writes tokens that the teacher has not
+    assert str(sorted([inverse[300], inverse[301]])) in refused.value.message
+    with pytest.raises(common.UserError, match="differ in 2 tokens.*</think>"):
+        vold.tags_of(tagged, teacher)  # the student writes tokens that the teacher has not
 
 
-QWEN3 = (  # what matters of its template: a text-only model's takes the question from a string, and from nothing else
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+def test_a_teacher_with_pieces_of_its_own_is_refused(processors):
+    """It would split the student's text otherwise; an added token is cut out of the text before, and mapped."""
+    student, _, teacher = processors
+    table = teacher.tokenizer.get_vocab()
+    added = {"<|new|>": len(table)}
+    tokenizer = SimpleNamespace(
+        get_vocab=lambda: table | added | {"zzqx": len(table) + 1}, added_tokens_encoder=added
+    )
+    with pytest.raises(common.UserError, match=r"differ in 1 tokens: \['zzqx'\]"):
+        vold.tags_of(student, SimpleNamespace(name="other", tokenizer=tokenizer))
+
+
+QWEN3 = (  # what matters of its template: a text-only model's takes the question from a string alone
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -117,184 +155,304 @@ def test_a_text_only_teacher_sees_the_question(tiny):
     context = vold.question({"problem": "<image>How many?"}, vold.Args())
     teacher, sighted = (common.Processor(str(tiny / name)) for name in ("tagged", "student"))
     teacher.tokenizer.chat_template = sighted.tokenizer.chat_template = QWEN3
-    assert "user\nHow many?<|im_end|>" in teacher.render(context) and teacher.complaint(context, 500) is None
-    assert "leaves out a part of the prompt ('How many?')" in sighted.complaint(context, 500)  # and no prompt loses its question silently
+    assert "user\nHow many?<|im_end|>" in teacher.render(context)
+    teacher.check(context, 500)
+    with pytest.raises(ValueError, match="leaves out"):  # no prompt loses its question silently
+        sighted.check(context, 500)
 
 
-def test_the_teacher_reads_the_question_in_its_own_template(tiny, tiny_rows, processors, monkeypatch):
-    student, teacher, args = processors[0], common.Processor(str(tiny / "tagged")), vold.Args(group=1)
-    teacher.tokenizer.chat_template = QWEN3.replace("<|im_start|>assistant", "<|im_start|>assistant\n<think>")
+def test_the_teacher_reads_the_question_in_its_own_template(tiny, tiny_rows, processors):
+    student, teacher = processors[0], common.Processor(str(tiny / "tagged"))
+    opened = QWEN3.replace("<|im_start|>assistant", "<|im_start|>assistant\n<think>")
+    teacher.tokenizer.chat_template = opened
+    args, read = vold.Args(), []
+
+    def hidden(batch):
+        read.append(batch["input_ids"])
+        return torch.zeros(len(batch["cols"]), 4)
+
+    run = SimpleNamespace(processor=student, reader=teacher, tags=vold.tags_of(student, teacher))
+    run.teacher, run.head = hidden, torch.zeros(teacher.vocab, 4)
+    response = student.tokenize("4") + [student.tokenizer.eos_token_id]
+    sample = common.Sample(tiny_rows[0], {}, common.Response(response))
+    known, log_q = vold.teacher_log_probs([sample], run, args)
     context = vold.question(tiny_rows[0], args)
-    monkeypatch.setattr(common, "sample_responses", lambda engine, rows, contexts, args, kind: [
-        kind(rows[0], {"question": student.encode(context)}, common.Response([1], [0.0], True))])
-    models = common.Models(student, *[None] * 4, 0)
-    (sample,) = vold.rollout([tiny_rows[0]], models, vold.Reader(teacher, {}), args)
-    assert sample.prompts["teacher"].ids == teacher.encode(context).ids != sample.prompts["question"].ids == student.encode(context).ids
+    assert read[0].tolist() == [teacher.encode(context).ids + response]
+    assert teacher.encode(context).ids != student.encode(context).ids
+    assert known.tolist() == [1.0] * len(response)
+    assert log_q.exp().tolist() == pytest.approx([1 / teacher.vocab] * len(response))
+    known, log_q = vold.teacher_log_probs(
+        [], run, args
+    )  # a rank without work reads with the others
+    assert len(read) == 2 and known.tolist() == log_q.tolist() == []
 
 
-# ------------------------------------------------------------------------------------------------------------------- the real script
+# =============================================================================================== the real script
 def arguments(tiny, output, **changes):
-    values = dict(teacher=tiny / "tagged", column_text="text_problem", trace_data=tiny / "rows.parquet", trace_column="text_problem", trace_rows=9,
-                  ignore_images="", sft_steps=2, sft_batch=4, prompts=4, group=2, eval_rows=4, measure_share=1) | changes
-    return ["vold.py", *(part for part in flags(tiny, output, **values) if part != "")]
+    values = dict(
+        teacher=tiny / "tagged",
+        column_text="text_problem",
+        trace_data=tiny / "rows.parquet",
+        trace_column="text_problem",
+        trace_rows=9,
+        sft_steps=2,
+        sft_batch=4,
+        prompts=4,
+        group=2,
+        eval_rows=4,
+        measure_share=1,
+    )
+    return ["vold.py", *flags(tiny, output, **values | changes)]
 
 
-def cold_start(tiny, folder):
-    """Traces that ended, as a trained teacher writes them: an untrained one never stops."""
-    rows = common.Rows(str(tiny / "rows.parquet"), "train", {"problem": "problem"})
+def write_traces(tiny, folder, **settings):
+    """Traces that ended, as a trained teacher writes them: an untrained one rarely stops. The sixth was cut off."""
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
     folder.mkdir(parents=True)
-    records = [{"row": i, "problem": rows[i]["text_problem"], "answer": rows[i]["answer"], "finished": i != 5,
-                "response": f"<think>{rows[i]['solution']}</think>\n\\boxed{{{rows[i]['answer'] if i % 2 else 'x'}}}"} for i in range(9)]
-    (folder / "records-0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (folder / "made_from.json").write_text(json.dumps({"instruction": INSTRUCTION}))
+    records = []
+    for i in range(9):
+        text = f"<think>{rows[i]['solution']}</think>\n\\boxed{{{rows[i]['answer']}}}"
+        record = {"index": i, "problem": rows[i]["text_problem"], "response": text}
+        records.append(record | {"finished": i != 5})
+    halves = {"records-0.jsonl": records[::2], "records-1.jsonl": records[1::2]}
+    for name, half in halves.items():
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in half))
+    made_from = {"instruction": INSTRUCTION} | settings
+    (folder / "made_from.json").write_text(json.dumps(made_from))
     return records
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return (folder / "final" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_all_stages(tiny, tmp_path, ranks):
-    argv = arguments(tiny, tmp_path / "run", max_response=40, temperature=3.0)  # hot enough for an untrained model to end sometimes
+    # Hot and long enough for an untrained model to end sometimes.
+    argv = arguments(tiny, tmp_path / "run", max_response=120, temperature=2.0, save_every=1)
     result = run_script(*argv, torchrun=ranks)
     assert result.returncode == 0, result.stderr
-    assert "traces for 9 questions" in result.stdout and "stage 1" in result.stdout and "stage 2" in result.stdout
+    assert "traces of 9 questions, 0 written before" in result.stdout
     before = load_file(tiny / "student" / "model.safetensors")
     for stage in ("sft", "rl"):
         after = load_file(tmp_path / "run" / stage / "final" / "model.safetensors")
         tower = [key for key in before if ".visual." in key]
-        assert tower and all(torch.equal(before[key], after[key]) for key in tower), "the vision tower is frozen"
-        assert any(not torch.equal(before[key], after[key]) for key in before if key not in tower)
+        assert tower and all(torch.equal(before[key], after[key]) for key in tower)  # it is frozen
+        rest = [key for key in before if key not in tower]
+        assert any(not torch.equal(before[key], after[key]) for key in rest)
         before = after
-    last = json.loads((tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"kl_wrong", "distilled_tokens", "distilled_responses", "distillation_share", "grad_norm_grpo", "acc@1", "reward"} <= set(last)
-    assert 0 < last["distilled_responses"] <= 1
-    refused = run_script(*argv)  # both stages are there
-    assert refused.returncode != 0 and "rl already holds a run" in refused.stderr
-    shutil.rmtree(tmp_path / "run" / "rl")  # as if stage 2 had failed
-    other = run_script(*argv, "--sft-lr", "0.5", "--lora", "4")
-    assert other.returncode != 0 and "was trained with other settings (sft_lr, lora)" in other.stderr
+    last = lines_of(tmp_path / "run" / "rl")[-1]
+    named = {"kl_wrong", "distilled_tokens", "distilled_responses", "distillation_share"}
+    assert named | {"grad_norm_grpo", "acc@1", "reward", "distance", "clipped"} <= set(last)
+    assert 0 < last["distilled_responses"] <= 1 and last["beta"] == 0.1
+    settings = json.loads((tmp_path / "run" / "rl" / "args.json").read_text())
+    assert settings["student"] == str(tmp_path / "run" / "sft" / "final")
+
+
+def test_the_same_line_goes_on_with_the_stage_that_is_not_finished(tiny, tmp_path):
+    import datasets
+
+    run, asked = tmp_path / "run", tmp_path / "asked.parquet"
+    rows = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
+    rows.select(range(9)).to_parquet(asked)
+    traces = dict(trace_data=asked, traces=tmp_path / "traces", trace_rows=0, max_response=8)
+    argv = arguments(tiny, run, save_every=1, **traces)
+    made_from = dict(teacher=str(tiny / "tagged"), trace_data=str(asked), trace_split="train")
+    made_from |= dict(trace_column="text_problem", trace_rows=0, max_response=8)
+    made_from |= dict(temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    write_traces(tiny, tmp_path / "traces", **made_from)
+    first = run_script(*argv)
+    assert first.returncode == 0 and "all 9 traces are there" in first.stdout, first.stderr
+    assert "8 of 9 traces ended" in first.stdout
+    finals = {stage: weights_of(run / stage) for stage in ("sft", "rl")}
+
+    done = run_script(*argv)
+    assert done.returncode == 0 and "rl/final is there: this run is finished" in done.stdout
+    shutil.rmtree(run / "rl" / "final")  # killed in rl
     again = run_script(*argv)
-    assert again.returncode == 0 and "is there: going on with stage 2" in again.stdout and "stage 1," not in again.stdout, again.stderr
-    assert json.loads((tmp_path / "run" / "rl" / "args.json").read_text())["student"] == str(tmp_path / "run" / "sft" / "final")
+    assert again.returncode == 0, again.stderr
+    assert "sft/final is there: traces and sft are finished" in again.stdout
+    assert again.stdout.count("going on after step 1") == 1
+    assert weights_of(run / "rl") == finals["rl"]
+    shutil.rmtree(run / "rl")  # killed in sft
+    shutil.rmtree(run / "sft" / "final")
+    again = run_script(*argv)
+    assert again.returncode == 0 and "going on after step 1" in again.stdout, again.stderr
+    assert {stage: weights_of(run / stage) for stage in ("sft", "rl")} == finals
+
+    shutil.rmtree(run / "rl")
+    assert "other settings (sft_lr 5e-05 -> 0.5, lora 0 -> 4)" in refusal(
+        argv[0], [*argv[1:], "--sft-lr", "0.5", "--lora", "4"]
+    )
 
 
-def test_traces_go_on_where_they_stopped_and_broken_ones_are_named(tiny, tmp_path):
-    argv = arguments(tiny, tmp_path / "run", stage="traces", **dict.fromkeys(
-        ("max_steps", "prompts", "group", "eval_data", "eval_split", "eval_rows", "eval_every", "data", "student", "micro_tokens", "sft_steps", "sft_batch",
-         "measure_share", "column_text")))  # fmt: skip
+def traces_arguments(tiny, output, **changes):
+    return arguments(tiny, output, stage="traces", rollout_batch=2, **changes)
+
+
+def test_traces_go_on_where_they_stopped_on_any_number_of_ranks(tiny, tmp_path):
+    folder = tmp_path / "run" / "traces"
+    argv = traces_arguments(tiny, tmp_path / "run")
     result = run_script(*argv)
     assert result.returncode == 0, result.stderr
-    records = tmp_path / "run" / "traces" / "records-0.jsonl"
-    lines = records.read_text().splitlines(keepends=True)
-    records.write_text("".join(lines[:4]) + lines[4][:30])  # killed in the middle of a line
-    again = run_script(*argv)
-    assert again.returncode == 0 and "4 of them written before" in again.stdout, again.stderr
-    assert sorted(json.loads(line)["row"] for line in records.read_text().splitlines()) == sorted(json.loads(line)["row"] for line in lines)
-    records.write_text(lines[0] + lines[1][:30] + "\n" + lines[2])  # and damaged in the middle of the file
-    broken = run_script(*argv)
-    assert broken.returncode != 0 and "records-0.jsonl, line 2" in broken.stderr
+    assert not (tmp_path / "run" / "sft").exists() and not (tmp_path / "run" / "rl").exists()
+    file = folder / "records-0.jsonl"
+    lines = file.read_text().split("\n")[:-1]
+    whole = vold.read_records(folder)
+    assert len(lines) == 9 and whole[0].keys() == {"index", "problem", "response", "finished"}
+
+    file.write_text("\n".join([*lines[:4], lines[4][:30]]))  # killed in the middle of a line
+    kept = sorted((json.loads(line) for line in lines[:4]), key=lambda record: record["index"])
+    assert vold.read_records(folder) == kept
+    two = run_script(*argv, torchrun=2)
+    assert two.returncode == 0 and "9 questions, 4 written before" in two.stdout, two.stderr
+    assert (folder / "records-1.jsonl").exists()
+    assert vold.read_records(folder) == whole  # the same ones: a seed a row
+    ended = [part.read_text()[-1] for part in folder.glob("records-*.jsonl")]
+    assert ended == ["\n", "\n"]
+    one = run_script(*argv)
+    assert one.returncode == 0 and "all 9 traces are there" in one.stdout, one.stderr
+    other = refusal(*traces_arguments(tiny, tmp_path / "run", seed=1)[:1], argv[1:] + ["--seed", 1])
+    assert "made with other settings (seed 0 -> 1)" in other
 
 
-def test_which_traces_are_learnt_from(tiny, tmp_path, processors):
-    records = cold_start(tiny, tmp_path / "traces")
-    def read(folder="traces", **changes):
-        return [r["row"] for r in vold.read_traces(tmp_path / folder, processors[0], vold.Args(**{"instruction": INSTRUCTION} | changes))]
+def test_which_traces_are_learned_from(tiny, tmp_path):
+    records = write_traces(tiny, tmp_path / "traces")
 
-    assert read() == [0, 1, 2, 3, 4, 6, 7, 8] and records[5]["finished"] is False
-    assert read(right_traces_only=True) == [1, 3, 7]
-    with pytest.raises(common.UserError, match="holds no traces"):
+    def read(folder="traces", instruction=INSTRUCTION):
+        return vold.read_traces(tmp_path / folder, vold.Args(instruction=instruction))
+
+    assert [r["index"] for r in read()] == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert not records[5]["finished"]
+    with pytest.raises(common.UserError, match="0 of 0 traces ended.*--stage traces"):
         read("nowhere")
-    with pytest.raises(common.UserError, match="was written for another --instruction"):
+    with pytest.raises(common.UserError, match="other settings .instruction.*Be brief"):
         read(instruction="Be brief.")
-    with pytest.raises(common.UserError, match="row 0: the prompt has"):
-        read(max_prompt=5)
-    file = tmp_path / "traces" / "records-0.jsonl"
-    file.write_text("".join(json.dumps(r | {"answer": None}) + "\n" for r in records))
-    with pytest.raises(common.UserError, match="needs answers"):
-        read(right_traces_only=True)
+    for file in (tmp_path / "traces").glob("records-*"):
+        file.write_text(file.read_text().replace("true", "false"))
+    with pytest.raises(common.UserError, match="0 of 9 traces ended within --max-response"):
+        read()
 
 
-def sft_arguments(tiny, output, traces, **changes):
-    drop = dict.fromkeys(("teacher", "trace_data", "trace_column", "trace_rows", "ignore_images", "column_text", "data", "prompts", "group", "max_steps",
-                          "measure_share"))  # fmt: skip
-    return arguments(tiny, output, stage="sft", traces=traces, **drop | changes)
+def test_a_trace_ends_and_its_control_tokens_stay_text(processors):
+    student, args = processors[0], vold.Args()
+    end = student.tokenizer.eos_token
+    trace = {"index": 0, "problem": "a", "response": f"one{end}two"}
+    ids = vold.imitated(trace, student, args).response.ids
+    assert ids[-1] == student.tokenizer.eos_token_id and ids.count(ids[-1]) == 1
+    assert student.tokenizer.decode(ids) == f"one{end}two{end}"
 
 
-def test_eq_4_stage_1_logs_the_mean_over_all_tokens_on_any_number_of_ranks(tiny, tmp_path, processors):
+def test_eq_4_sft_logs_the_mean_over_all_tokens_on_any_number_of_ranks(tiny, tmp_path, processors):
     student = processors[0]
-    records = cold_start(tiny, tmp_path / "traces")
-    kept = [r for r in records if r["finished"]]
+    records = write_traces(tiny, tmp_path / "traces")
     logs = []
     for ranks in (0, 2):
-        result = run_script(*sft_arguments(tiny, tmp_path / f"run-{ranks}", tmp_path / "traces", sft_steps=1, sft_batch=8), torchrun=ranks)
+        folder = tmp_path / f"run-{ranks}"
+        changes = dict(stage="sft", traces=tmp_path / "traces", sft_steps=1, sft_batch=8)
+        result = run_script(*arguments(tiny, folder, **changes), torchrun=ranks)
         assert result.returncode == 0, result.stderr
-        logs.append(json.loads((tmp_path / f"run-{ranks}" / "sft" / "metrics.jsonl").read_text().splitlines()[-1]))
-    assert logs[1]["nll"] == pytest.approx(logs[0]["nll"], abs=2e-6) and logs[1]["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-4)
+        assert not (folder / "rl").exists()
+        logs.append(lines_of(folder / "sft")[-1])
+    assert logs[1]["nll"] == pytest.approx(logs[0]["nll"], abs=2e-6)
+    assert logs[1]["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-4)
+    assert "sampler_gap" not in logs[0] and logs[0]["entropy"] > 0
     lm = common.Model(str(tiny / "student"), torch.float64).lm
     total = count = 0
     args = vold.Args(instruction=INSTRUCTION)
-    for r in kept:
+    for r in [record for record in records if record["finished"]]:
         prompt = student.encode(vold.question(r, args)).ids
-        ids = student.tokenizer(r["response"], add_special_tokens=False)["input_ids"] + [student.tokenizer.eos_token_id]
+        ids = student.tokenizer(r["response"], add_special_tokens=False)["input_ids"]
+        ids.append(student.tokenizer.eos_token_id)
         tokens = torch.tensor([prompt + ids])
+        inputs = dict(input_ids=tokens, mm_token_type_ids=torch.zeros_like(tokens))
         with torch.no_grad():
-            log_p = lm(input_ids=tokens, mm_token_type_ids=torch.zeros_like(tokens)).logits[0, :, : student.vocab].log_softmax(-1)
-        total -= sum(log_p[len(prompt) + t - 1, token].item() for t, token in enumerate(ids))
+            log_p = lm(**inputs).logits[0, :, : student.vocab].log_softmax(-1)
+        for t, token in enumerate(ids):
+            total -= log_p[len(prompt) + t - 1, token].item()
         count += len(ids)
     assert logs[0]["nll"] == pytest.approx(total / count, rel=1e-5)
 
 
-def rl_arguments(tiny, output, **changes):
-    return arguments(tiny, output, stage="rl", **dict.fromkeys(("trace_data", "trace_column", "trace_rows", "sft_steps", "sft_batch")) | changes)
+VARIANTS = [
+    {"beta": 0},
+    {"mask": "none", "updates": 2, "ratio": "sequence"},
+    {"mask": "group", "estimator": "k3"},
+    {"teacher": "text-only", "kl_tokens": "sum", "beta_decay": 0.01, "beta_min": 0.05},
+    {"lora": 4, "dtype": "bfloat16"},
+]
 
 
-@pytest.mark.parametrize("changes", [
-    {"beta": 0, "measure_share": None, "teacher": None}, {"mask": "none", "updates": 2, "ratio": "sequence"}, {"mask": "group", "estimator": "k3"},
-    {"teacher": "text-only", "kl_tokens": "sum", "beta_decay": 0.01, "beta_min": 0.05}, {"lora": 4, "dtype": "bfloat16"},
-])  # fmt: skip
-def test_stage_2_in_every_variant(tiny, tmp_path, changes):
-    changes = changes | ({"teacher": tiny / "text-only"} if changes.get("teacher") else {})
-    result = run_script(*rl_arguments(tiny, tmp_path / "run", **changes))
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_rl_in_every_variant(tiny, tmp_path, changes):
+    named = {"teacher": tiny / changes["teacher"]} if "teacher" in changes else {}
+    argv = arguments(tiny, tmp_path / "run", stage="rl", **changes | named)
+    result = run_script(*argv)
     assert result.returncode == 0, result.stderr
-    last = json.loads((tmp_path / "run" / "rl" / "metrics.jsonl").read_text().splitlines()[-1])
+    first, last = lines_of(tmp_path / "run" / "rl")[-2:]
     assert ("distilled_tokens" in last) == (changes.get("beta") != 0) and last["grad_norm"] >= 0
+    if "beta_decay" in changes:
+        assert (first["beta"], last["beta"]) == pytest.approx((0.1, 0.09))
+    assert not (tmp_path / "run" / "sft").exists()
 
 
-@pytest.mark.parametrize("message, changes", [
-    ("--ignore-images", {"ignore_images": None, "no_ignore_images": ""}), ("at least 2", {"group": 1}), ("must not be negative", {"beta": -1}),
-    ("--mask would have no effect", {"beta": 0, "mask": "none", "measure_share": None, "teacher": None}),
-    ("--teacher would have no effect", {"beta": 0, "measure_share": None}), ("--beta-min would have no effect", {"beta_min": 0.1}),
-    ("--freeze-vision would have no effect", {"freeze_vision": ""}), ("--sft-lr would have no effect", {"sft_lr": 1}),
-    ("--column-text NAME", {"column_text": "nothing"}), ("is a text-only model", {"student": "tagged"}),
-])  # fmt: skip
-def test_bad_settings(tiny, tmp_path, message, changes):
-    changes = changes | ({"student": tiny / "tagged"} if "student" in changes else {})
-    script, *argv = rl_arguments(tiny, tmp_path / "run", **changes)
+REFUSED = [
+    ("--group is 1; it must lie in [2, inf]", {"group": 1}),
+    ("--beta is -1", {"beta": -1}),
+    ("--clip-low is 1.5", {"clip_low": 1.5}),
+    ("--sft-batch is 0", {"sft_batch": 0}),
+    ("--prompts 4 of ranks x updates, 1 x 3", {"updates": 3}),
+    ("has no column 'nothing'", {"column_text": "nothing"}),
+    ("differ in", {"student": "tagged", "teacher": "text-only"}),
+]
+
+
+@pytest.mark.parametrize("message, changes", REFUSED, ids=[message for message, _ in REFUSED])
+def test_what_rl_cannot_use_stops_before_any_stage(tiny, tmp_path, message, changes):
+    models = {name: tiny / changes[name] for name in ("student", "teacher") if name in changes}
+    script, *argv = arguments(tiny, tmp_path / "run", **changes | models)
     assert message in refusal(script, argv)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "traces").exists() and not (tmp_path / "run" / "sft").exists()
 
 
-def test_images_are_refused_whatever_their_column_is_called(tiny, tmp_path):
-    import datasets
+def test_the_models_of_a_stage_are_gone_before_the_next(tiny, tmp_path, monkeypatch):
+    """The traces' engine is closed and freed, and sft's student with its optimizer, before the next models are made."""
+    import gc
+    import weakref
 
-    data = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
-    data.rename_column("images", "picture").to_parquet(tmp_path / "rows.parquet")
-    result = run_script(*rl_arguments(tiny, tmp_path / "run", ignore_images=None, no_ignore_images="", data=tmp_path / "rows.parquet"))
-    assert result.returncode != 0 and "has images (column 'picture')" in result.stderr
+    closed, made, alive, students = [], [], [], []
+    load_model = common.load_model
 
+    def load(name, args, trained):
+        gone = [student() is None for student in students]
+        assert all(gone), f"{name} is loaded beside the student of the stage before"
+        model = load_model(name, args, trained)
+        if trained and args.stage == "sft":
+            students.append(weakref.ref(model))
+        return model
 
-def test_stage_1_needs_traces_that_end(tiny, tmp_path):
-    nothing = run_script(*sft_arguments(tiny, tmp_path / "run", None))
-    assert nothing.returncode != 0 and "--stage sft needs the folder of traces" in nothing.stderr
-    records = cold_start(tiny, tmp_path / "traces")
-    (tmp_path / "traces" / "records-0.jsonl").write_text("".join(json.dumps(r | {"finished": False}) + "\n" for r in records))
-    long = run_script(*sft_arguments(tiny, tmp_path / "run", tmp_path / "traces"))
-    assert long.returncode != 0 and "9 traces, 9 reached --max-response" in long.stderr and "nothing is left to learn from" in long.stderr
+    class Engine(common.HFEngine):
+        def __init__(self, name, processor, args):
+            alive.append(sum(engine() is not None for engine in made))
+            super().__init__(name, processor, args)
+            made.append(weakref.ref(self))
 
+        def close(self):
+            closed.append(len(made))
 
-def test_an_answer_that_no_response_can_give_is_named(tiny, tmp_path):
-    import datasets
-
-    data = datasets.load_dataset("parquet", data_files=str(tiny / "rows.parquet"), split="train")
-    data = data.map(lambda row, i: {"answer": "\\frac{1" if i == 3 else row["answer"]}, with_indices=True)
-    data.to_parquet(tmp_path / "rows.parquet")
-    result = run_script(*rl_arguments(tiny, tmp_path / "run", data=tmp_path / "rows.parquet"))
-    assert result.returncode != 0 and "row 3: the answer" in result.stderr and "cannot be written inside" in result.stderr
+    monkeypatch.setitem(common.ENGINES, "hf", Engine)
+    monkeypatch.setattr(common, "load_model", load)
+    argv = arguments(tiny, tmp_path / "run", max_response=120, temperature=2.0, eval_data="")
+    gc.disable()  # it would come by chance, and late
+    try:
+        result = run_script(*argv)
+    finally:
+        gc.enable()
+    assert result.returncode == 0, result.stderr
+    assert len(students) == 1 and len(made) == 3 and closed == [1, 2] and alive == [0, 0, 0]
