@@ -217,7 +217,7 @@ def launch(main):
     except torch.OutOfMemoryError as e:
         raise UserError(
             f"rank {rank()} is out of GPU memory ({str(e).splitlines()[0]}). Lower --micro-tokens, --loss-chunk or "
-            "--vllm-memory, set --gradient-checkpointing, or use more GPUs"
+            "--vllm-memory, set --gradient-checkpointing, or use more GPUs; tools.plan says what a run needs"
         )
     if dist.is_initialized():
         dist.destroy_process_group()

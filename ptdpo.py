@@ -6,6 +6,7 @@ arXiv:2606.07000.
     python ptdpo.py                                    a laptop: small real models on real handwriting
     torchrun --nproc-per-node 8 ptdpo.py --preset 2b --data runs/hints/rows.parquet    Qwen3-VL-2B-Thinking, one node
     python -m tools.hints                              writes the hint column with a model of yours
+    python -m tools.figures ptdpo                      what each kind of knowledge does to a tutor (Figures 3, 5)
 
 The student answers from the question alone, G times. A frozen copy of the initial model reads the answers too:
 

@@ -5,6 +5,7 @@ Grounding", ICML 2026, arXiv:2606.00564.
 
     python vgs.py                                      a laptop: small real models on real handwriting
     torchrun --nproc-per-node 8 vgs.py --preset 2b     one node: Qwen3-VL-2B from an 8B teacher
+    python -m tools.figures vgs                        the angles between the gradients (Figure 3)
 
 The student answers with the image. At every token of its answer there are four next-token distributions over the
 vocabulary, all on the same sampled prefix:

@@ -2,6 +2,7 @@
 
 import re
 
+import mutations
 import torch
 from conftest import ROOT
 
@@ -51,3 +52,9 @@ def test_files_and_links_are_there():
     tools = [f"tools/{name}.py" for name in re.findall(r"python -m tools\.([a-z]+)", README)]
     missing = [name for name in linked + named + tools if not (ROOT / name).exists()]
     assert len(linked) > 3 and not missing, missing
+
+
+def test_every_fault_of_mutations_still_fits():
+    """Whether each is found takes the better part of an hour, and is a command of its own."""
+    mutations.check(mutations.FAULTS)
+    assert len(mutations.FAULTS) >= 80
