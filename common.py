@@ -291,7 +291,7 @@ def locate(name) -> str:
             f"{name!r} is made by tools/toy.py, which is not beside {Path(__file__).name} or failed (see above). "
             "Name your own checkpoints and data with --student, --teacher, --data and --eval-data"
         )
-    return str(Path(result.stdout.strip().splitlines()[-1], name.removeprefix("toy/")))
+    return str(Path(result.stdout.splitlines()[-1], name.removeprefix("toy/")))
 
 
 def load_data(name, split):
@@ -1601,6 +1601,7 @@ class Run:
 
     def finish(self):
         """Say what was learned, and where to look."""
+        self.engine.close()
         if self.tracker:
             self.tracker.close()
         before, after = self.own.get("acc@1 at first"), self.last.get("acc@1")
@@ -1610,7 +1611,7 @@ class Run:
             "and final/ a checkpoint for from_pretrained and vLLM"
         )
 
-    def states(self) -> list[Path]:
+    def states(self):
         """What can be gone on from, oldest first: state/ of the checkpoints, which are renamed when they are whole."""
         return sorted(self.path.glob("checkpoints/step-??????/state"))
 

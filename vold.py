@@ -546,7 +546,6 @@ def sft(traces: list[dict], args: Args) -> None:
         log = run.update(micros, *objective(run, args))
         del log["sampler_gap"]  # the student has sampled nothing
         run.log(log | {"nll": log["loss"]})
-    run.engine.close()
 
 
 def imitated(trace: dict, processor: common.Processor, args: Args) -> common.Sample:

@@ -179,4 +179,5 @@ def test_two_ranks_train_with_it(tiny, tmp_path, name):
     folder = tmp_path / "run" / ("rl" if script == "vold.py" else "")
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [0, 1, 2, 3]
-    assert all(line["sampler_gap"] < 0.01 for line in steps[1:])
+    # An untrained student gives the banned placeholders a hundredth of its mass, which the sampler lacks.
+    assert all(0.005 < line["sampler_gap"] < 0.02 for line in steps[1:])
