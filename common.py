@@ -298,6 +298,8 @@ def load_data(name, split):
     """A data set, by `datasets`: a file, a folder, or a hub name (with :configuration where it has several)."""
     import datasets
 
+    if not name:
+        raise UserError("there is no training data: name it with --data")
     path = Path(locate(name))
     try:
         if path.is_file():
@@ -359,14 +361,14 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
     root = Path(locate(name))
     root = root.parent if root.is_file() else root
 
-    def read(batch: dict) -> dict:
+    def read(batch):
         rows = {ours: batch[theirs] for ours, theirs in columns.items()} | {"index": batch["index"]}
         rows["problem"] = [question_of(problem) for problem in rows["problem"]]
         if "images" in rows:
             rows["images"] = [open_images(images, root) for images in rows["images"]]
         return rows
 
-    def check(row: dict):
+    def check(row):
         for column, theirs in columns.items():
             if column not in optional.split() and is_empty(row[column]):
                 raise ValueError(f"there is no {column} (column {theirs!r})")
@@ -389,7 +391,7 @@ def checked(data, numbers, name, check, skip):
     from PIL.Image import DecompressionBombError
     from tqdm import tqdm
 
-    def wrong(i: int) -> str | None:
+    def wrong(i):
         try:
             check(data[i])
         except (OSError, ValueError, SyntaxError, DecompressionBombError) as e:  # PIL has all four
