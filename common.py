@@ -42,7 +42,14 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 
 class UserError(SystemExit):
@@ -582,7 +589,7 @@ class Processor:
     def pad(self, prompts, side: str = "right") -> dict[str, Tensor]:
         """Padded model inputs. mm_token_type_ids: without them Qwen2.5-VL is silently wrong."""
         ids = {"input_ids": [p.ids for p in prompts]}
-        batch = dict(self.tokenizer.pad(ids, padding_side=side, return_tensors="pt"))
+        batch = self.tokenizer.pad(ids, padding_side=side, return_tensors="pt")
         if self.image_id is not None:
             batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_id).int()
             shown = [p for p in prompts if p.pixels is not None]
@@ -663,12 +670,10 @@ class Model(nn.Module):
         """Freeze the weights and put adapters beside the linear layers LORA_TARGETS: W + 2 B A, B = 0 at first."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        with torch.random.fork_rng():
-            # the same adapters on every rank, of which each keeps its shard
-            torch.manual_seed(seed)
-            inject_adapter_in_model(
-                LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS), self.lm
-            )
+        # the same adapters on every rank, of which each keeps its shard
+        torch.manual_seed(seed)
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS)
+        inject_adapter_in_model(config, self.lm)
         for name, parameter in self.lm.named_parameters():
             parameter.requires_grad_(".lora_" in name)
 
@@ -707,8 +712,6 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 def load_model(name, args, trained: bool) -> Model:
     """A checkpoint, sharded over all ranks (FSDP2): float32 at least if it is trained, else in the compute dtype."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     dtype = getattr(torch, args.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     model = Model(name, wide if trained else dtype).requires_grad_(trained)
@@ -777,41 +780,38 @@ class HFEngine:
         """Nothing is to be generated any more."""
 
     @torch.no_grad()
-    def generate(
-        self, prompts, seeds=None, temperature=1.0, top_p=1.0, top_k=0, limit=None
-    ) -> list[Response]:
-        """One response a prompt, in order, of at most `limit` tokens (default: --max-response).
+    def generate(self, prompts, seeds=None) -> list[Response]:
+        """One response a prompt, in order.
 
         seeds: what each response is drawn with; None: greedy. Log-probs are those of the distribution sampled from.
         """
         import transformers as t
 
+        args = self.args
         # a checkpoint's own would silently bend the sampling
         self.lm.generation_config = t.GenerationConfig()
         config = t.GenerationConfig(
             eos_token_id=self.ends,
             pad_token_id=self.processor.tokenizer.pad_token_id,
             suppress_tokens=self.banned,
-            max_new_tokens=limit or self.args.max_response,
+            max_new_tokens=args.max_response,
         )
-        bend = []
-        if seeds and temperature != 1:
-            bend.append(t.TemperatureLogitsWarper(temperature))
-        if seeds and top_k:
-            bend.append(t.TopKLogitsWarper(top_k))
-        if seeds and top_p < 1:
-            bend.append(t.TopPLogitsWarper(top_p))
+        warpers = []
+        if seeds and args.temperature != 1:
+            warpers.append(t.TemperatureLogitsWarper(args.temperature))
+        if seeds and args.top_k:
+            warpers.append(t.TopKLogitsWarper(args.top_k))
+        if seeds and args.top_p < 1:
+            warpers.append(t.TopPLogitsWarper(args.top_p))
         responses = []
-        for start in range(0, len(prompts), self.args.rollout_batch):
-            part = slice(start, start + self.args.rollout_batch)
-            batch = {
-                key: x.to(device())
-                for key, x in self.processor.pad(prompts[part], side="left").items()
-            }
-            sampler = Sampler(seeds and seeds[part], config.max_new_tokens)
-            processors = t.LogitsProcessorList([*bend, sampler])
+        for start in range(0, len(prompts), args.rollout_batch):
+            part = slice(start, start + args.rollout_batch)
+            batch = self.processor.pad(prompts[part], side="left").to(device())
+            sampler = Sampler(seeds and seeds[part], args.max_response)
             output = self.lm.generate(
-                **batch, generation_config=config, logits_processor=processors
+                **batch,
+                generation_config=config,
+                logits_processor=t.LogitsProcessorList([*warpers, sampler]),
             )
             sampled = output[:, batch["input_ids"].shape[1] :].tolist()
             log_probs = torch.stack(sampler.log_probs, dim=-1).tolist()  # [B, T]
@@ -915,18 +915,16 @@ class VLLMEngine:
         finally:
             dist.destroy_process_group = end
 
-    def generate(
-        self, prompts, seeds=None, temperature=1.0, top_p=1.0, top_k=0, limit=None
-    ) -> list[Response]:
+    def generate(self, prompts, seeds=None) -> list[Response]:
         """See HFEngine.generate."""
         self.wake()
-        drawn = {"temperature": 0}
+        args, drawn = self.args, {"temperature": 0}
         if seeds:
-            drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+            drawn = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
         settings = [
             self.vllm.SamplingParams(
                 seed=seed,
-                max_tokens=limit or self.args.max_response,
+                max_tokens=args.max_response,
                 logprobs=0,
                 logit_bias=self.bias,
                 stop_token_ids=[self.processor.tokenizer.eos_token_id],
@@ -991,10 +989,9 @@ def sample_responses(engine, rows, contexts, args) -> list[Sample]:
             seeds.append(seed_of(args.seed, row.get("draw", row["index"]), i))
     first = next(iter(contexts))
     asked = [s.prompts[first] for s in samples]
-    responses = engine.generate(asked, seeds, args.temperature, args.top_p, args.top_k)
-    engine.sleep()
-    for s, response in zip(samples, responses):
+    for s, response in zip(samples, engine.generate(asked, seeds)):
         s.response = response
+    engine.sleep()
     return samples
 
 
@@ -1184,11 +1181,10 @@ def group_advantages(rewards: Tensor, group) -> Tensor:
     """
     if group == 1:
         return torch.zeros_like(rewards)
-    r = rewards.view(-1, group)
-    # the mean of eight times 0.1 is not 0.1 in float32
-    equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)
+    # in float32 the mean of eight times 0.1 is not 0.1
+    r = rewards.double().view(-1, group)
     advantages = (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-6)
-    return advantages.masked_fill(equal, 0.0).view(-1)
+    return advantages.view(-1).to(rewards.dtype)
 
 
 def clipped_surrogate(
@@ -1196,9 +1192,9 @@ def clipped_surrogate(
 ) -> tuple[Tensor, Tensor]:
     """(min(rho A, clip(rho, 1 - low, 1 + high) A), to be maximised; whether the clip cut it), [N]; rho = p / p_old."""
     ratio = (log_p - old).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    cut = torch.where(advantages > 0, ratio > 1 + high, (ratio < 1 - low) & (advantages < 0))
-    return surrogate, cut.to(surrogate.dtype)
+    free = ratio * advantages
+    surrogate = torch.minimum(free, ratio.clamp(1 - low, 1 + high) * advantages)
+    return surrogate, (surrogate < free).to(free.dtype)
 
 
 def k3(log_p: Tensor, reference: Tensor) -> Tensor:
@@ -1509,11 +1505,13 @@ class Run:
         means = {"finished": [s.response.finished for s in samples], "response_length": lengths}
         self.log(mean_over_ranks(means | {"reward": [s.reward for s in samples]}))
         for s in samples[:8]:
-            record = {"row": s.row["index"], "problem": s.row["problem"], "ids": s.response.ids}
-            record |= {
-                "response": s.response.text,
+            record = {
+                "row": s.row["index"],
+                "problem": s.row["problem"],
                 "answer": s.row.get("answer"),
+                "response": s.response.text,
                 "reward": s.reward,
+                "ids": s.response.ids,
             }
             self.write("samples.jsonl", record)
         if self.values["finished"][-1] == 0:
@@ -1622,8 +1620,6 @@ class Run:
 
         Aside first and then in place: what has a checkpoint's name is whole. final/ has no state.
         """
-        import torch.distributed.checkpoint as dcp
-
         aside, dtype = self.path / f"{folder}.partial", self.processor.config.dtype or torch.float32
         weights = {}
         for name, value in self.student.weights():
@@ -1644,8 +1640,6 @@ class Run:
 
     def training_state(self) -> dict:
         """What a run goes on with; any number of ranks can read what is written of it."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         model, optimizer = get_state_dict(self.student, self.optimizer, options=options)
         sharded = {"model_state_dict": model, "optim_state_dict": optimizer}
@@ -1655,9 +1649,6 @@ class Run:
 
     def restore(self, path):
         """Weights, optimizer, schedule and numbers of a checkpoint, on any number of ranks."""
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
         state = self.training_state()
         try:
             dcp.load(state, checkpoint_id=path)

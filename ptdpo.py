@@ -357,7 +357,7 @@ def tutor_batch(m: common.Micro, processor: common.Processor, args: Args) -> dic
 
 
 # =============================================================================================== weigh
-def weigh(micros: list[common.Micro], run: common.Run, args: Args) -> None:
+def weigh(micros: list[common.Micro], run: common.Run, args: Args):
     """One weight per token and term; tokens, responses and |F| are counted over the whole update and all ranks."""
     policy = OPTIMIZERS[args.optimizer]
     length = torch.cat([m.length for m in micros])
@@ -411,9 +411,8 @@ def old_log_probs(
 
 
 # =============================================================================================== main
-def main() -> None:
-    args = common.parse_args(Args, PRESETS, RANGES)
-    run = common.Run("ptdpo", args)
+def load(run: common.Run, args: Args):
+    """Training rows and held-out rows, all checked; then the models."""
     processor = common.Processor(args.student)
     if args.support > processor.vocab:
         raise common.UserError(
@@ -427,6 +426,13 @@ def main() -> None:
     )
     frozen = args.lambda_ptd or OPTIMIZERS[args.optimizer].kl
     run.load(processor, args.student if frozen else None)
+    return train, held_out
+
+
+def main():
+    args = common.parse_args(Args, PRESETS, RANGES)
+    run = common.Run("ptdpo", args)
+    train, held_out = load(run, args)
     for _ in run.steps(train, held_out, question):
         samples = rollout(run.draw(), run, args)
         run.log_samples(samples)

@@ -317,8 +317,8 @@ class Turns:
         self.engine, self.args, self.processor = engine, args, engine.processor
         self.sync, self.sleep, self.close = engine.sync, engine.sleep, engine.close
 
-    def generate(self, prompts, seeds=None, *sampling, **settings) -> list[common.Response]:
-        """See HFEngine.generate; the limit is --max-response."""
+    def generate(self, prompts, seeds=None) -> list[common.Response]:
+        """See HFEngine.generate."""
         responses = [common.Response([]) for _ in prompts]
         for response, prompt in zip(responses, prompts):
             response.conversation, response.errors, response.refused = prompt, [], False
@@ -328,7 +328,7 @@ class Turns:
                 break
             asked = [responses[i].conversation for i in going]
             drawn = seeds and [common.seed_of(seeds[i], turn) for i in going]
-            answers = self.engine.generate(asked, drawn, *sampling, **settings)
+            answers = self.engine.generate(asked, drawn)
             last = turn == self.args.calls
             going = [i for i, a in zip(going, answers) if self.extend(responses[i], a, last)]
         return responses
@@ -555,10 +555,8 @@ def load_rows(args: Args, processor, answers: bool, held_out: bool = False):
     return common.load_rows(args, processor, contexts(args), names, held_out, optional=may_lack)
 
 
-def main():
-    args = common.parse_args(Args, PRESETS, RANGES)
-    check(args)
-    run = common.Run("reopold", args)
+def load(run: common.Run, args: Args):
+    """Training rows and held-out rows, all checked; then the models, and who samples."""
     processor, teacher = common.Processor(args.student), args.teacher
     if args.method == "grpo":
         teacher = None
@@ -575,6 +573,14 @@ def main():
         run.writer = common.HFEngine(teacher, reader, args)
     if args.calls:
         run.engine, run.writer = Turns(run.engine, args), Turns(run.writer, args)
+    return train, held_out
+
+
+def main():
+    args = common.parse_args(Args, PRESETS, RANGES)
+    check(args)
+    run = common.Run("reopold", args)
+    train, held_out = load(run, args)
     for _ in run.steps(train, held_out, contexts(args)["question"]):
         samples = rollout(run.draw(), run, args)
         run.log_samples(samples)

@@ -112,7 +112,7 @@ class Args(common.Args):
     eta: float = (
         1.0  # constant factor on the loss: undoes the change of the gradient's norm (Eq. 15)
     )
-    measure_eta: int = 0  # measure it every so many updates instead, by two more passes; 0 = never
+    measure_eta: int = 0  # measure it every so many steps instead, by two more passes; 0 = never
     alpha: float = 1.0  # weight of distillation against GRPO (Eq. 22: 0.3); 0 = GRPO, no teacher
     clip: float = 0.2  # GRPO's ratio is clipped to 1 - clip .. 1 + clip
 
@@ -310,10 +310,8 @@ def check(args: Args):
         )
 
 
-def main():
-    args = common.parse_args(Args, PRESETS, RANGES)
-    check(args)
-    run = common.Run("vgs", args)
+def load(run: common.Run, args: Args):
+    """Training rows and held-out rows, all checked; then the models."""
     processor, teacher = common.Processor(args.student), args.teacher if args.alpha else None
     if teacher is not None:
         common.check_same_inputs(processor, common.Processor(teacher))
@@ -323,13 +321,21 @@ def main():
         args, processor, {"image": with_image}, "problem images answer", held_out=True
     )
     run.load(processor, teacher)
+    return train, held_out
+
+
+def main():
+    args = common.parse_args(Args, PRESETS, RANGES)
+    check(args)
+    run = common.Run("vgs", args)
+    train, held_out = load(run, args)
     for step in run.steps(train, held_out, with_image):
         samples = rollout(run.draw(), run, args)
         run.log_samples(samples)
         parts = [score(part, run, args) for part in common.split(samples, args.updates)]
         run.phase("score")
-        for number, micros in enumerate(parts, (step - 1) * args.updates):
-            if args.measure_eta and number % args.measure_eta == 0:
+        for micros in parts:
+            if args.measure_eta and (step - 1) % args.measure_eta == 0:
                 run.log(measure_eta(micros, run, args))
             weigh(micros, run, args)
             run.log(update(micros, run, args))

@@ -410,10 +410,8 @@ def load_conflicts(args: Args, processor: common.Processor) -> dict:
     return {"prior": rows.select(right), "score": rows.select(wrong)}
 
 
-def main():
-    args = common.parse_args(Args, PRESETS, RANGES)
-    args.column_reference = args.column_reference or args.column_answer
-    run = common.Run("vigos", args)
+def load(run: common.Run, args: Args):
+    """Training rows and held-out rows, all checked; then the models."""
     processor = common.Processor(args.student)
     check_tags(processor)
     train = common.load_rows(args, processor, contexts(args), "problem images answer reference")
@@ -421,8 +419,15 @@ def main():
         args, processor, {"question": question}, "problem images answer", held_out=True
     )
     conflicts = load_conflicts(args, processor)
-    teacher = args.student  # each of the three is the initial model
-    run.load(processor, teacher)
+    run.load(processor, args.student)  # each of the three teachers is the initial model
+    return train, held_out, conflicts
+
+
+def main():
+    args = common.parse_args(Args, PRESETS, RANGES)
+    args.column_reference = args.column_reference or args.column_answer
+    run = common.Run("vigos", args)
+    train, held_out, conflicts = load(run, args)
     for _ in run.steps(train, held_out, question, conflicts):
         samples = rollout(run.draw(), run, args)
         run.log_samples(samples)

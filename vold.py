@@ -334,7 +334,7 @@ def tags_of(student: common.Processor, teacher: common.Processor) -> list[str]:
 
 
 # =============================================================================================== weigh
-def weigh(micros: list[common.Micro], run: common.Run, args: Args) -> None:
+def weigh(micros: list[common.Micro], run: common.Run, args: Args):
     """One weight per token and term: means over all tokens (or responses) of the update, on all ranks."""
     length = torch.cat([m.length for m in micros])
     tokens = common.all_sum(torch.ones_like(length).sum())
@@ -404,7 +404,7 @@ max_response temperature top_p top_k seed""".split()  # what the traces depend o
 SFT = """student sft_batch sft_steps sft_lr sft_warmup schedule weight_decay grad_clip dtype lora""".split()
 
 
-def check_same(file: Path, names: list[str], args: Args) -> None:
+def check_same(file: Path, names: list[str], args: Args):
     """Stop if the folder's settings, which the file holds, are not those of args."""
     known = json.loads(file.read_text()) if file.exists() else vars(args)
     pairs = [(name, known.get(name), getattr(args, name)) for name in names]
@@ -444,7 +444,7 @@ def stages(args: Args) -> tuple[Args, Args]:
     return of_sft, of_rl
 
 
-def cold_start(args: Args, of_sft: Args) -> None:
+def cold_start(args: Args, of_sft: Args):
     """Stages traces and sft, as far as --stage asks for them and they are not finished."""
     folder = Path(of_sft.output)
     if (folder / "final").exists():
@@ -465,13 +465,13 @@ def load_held_out(args: Args, processor: common.Processor):
     return common.load_rows(args, processor, views, "problem images answer", held_out=True)
 
 
-def free_memory() -> None:
+def free_memory():
     """The models of a stage go before those of the next come."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def write_traces(folder: Path, args: Args) -> None:
+def write_traces(folder: Path, args: Args):
     """The teacher's answers to text questions, one a row, in a file a rank; goes on where an earlier start stopped."""
     from tqdm import tqdm
 
@@ -502,7 +502,7 @@ def write_traces(folder: Path, args: Args) -> None:
         part = [rows[j] for j in pending[i * size : (i + 1) * size]]
         prompts = [teacher.encode(question(row, args)) for row in part]
         seeds = [common.seed_of(args.seed, row["index"]) for row in part]
-        responses = engine.generate(prompts, seeds, args.temperature, args.top_p, args.top_k)
+        responses = engine.generate(prompts, seeds)
         with open(file, "a") as f:
             for row, response in zip(part, responses):
                 record = row | {"response": response.text, "finished": response.finished}
@@ -531,7 +531,7 @@ def read_traces(folder: Path, args: Args) -> list[dict]:
     return kept
 
 
-def sft(traces: list[dict], args: Args) -> None:
+def sft(traces: list[dict], args: Args):
     """The student learns to write the traces: Eq. 4."""
     run = common.Run("vold", args)
     processor = common.Processor(args.student)
@@ -556,7 +556,7 @@ def imitated(trace: dict, processor: common.Processor, args: Args) -> common.Sam
     return common.Sample(trace, {"question": processor.encode(question(trace, args))}, response)
 
 
-def weigh_imitation(micros: list[common.Micro]) -> None:
+def weigh_imitation(micros: list[common.Micro]):
     """Eq. 4 as the mean over all tokens of the update on all ranks."""
     length = torch.cat([m.length for m in micros])
     tokens = common.all_sum(torch.ones_like(length).sum())
@@ -566,13 +566,8 @@ def weigh_imitation(micros: list[common.Micro]) -> None:
 
 
 # =============================================================================================== main
-def main() -> None:
-    args = common.parse_args(Args, PRESETS, RANGES)
-    of_sft, of_rl = stages(args)
-    if args.stage in ("traces", "sft"):
-        return cold_start(args, of_sft)
-    run = common.Run("vold", of_rl)
-    # What rl needs is looked at before the first stages spend their hours.
+def load(run: common.Run, args: Args, of_sft: Args):
+    """Training rows and held-out rows, all checked before the first stages spend their hours; then the models."""
     processor, teacher = common.Processor(args.student), args.teacher if args.beta else None
     if teacher is not None:
         run.reader = common.Processor(teacher)
@@ -583,6 +578,16 @@ def main() -> None:
     if args.stage == "all":
         cold_start(args, of_sft)
     run.load(processor, teacher)
+    return train, held_out
+
+
+def main():
+    args = common.parse_args(Args, PRESETS, RANGES)
+    of_sft, of_rl = stages(args)
+    if args.stage in ("traces", "sft"):
+        return cold_start(args, of_sft)
+    run = common.Run("vold", of_rl)
+    train, held_out = load(run, args, of_sft)
     for step in run.steps(train, held_out, functools.partial(with_image, args=args)):
         samples = rollout(run.draw(), run, args)
         run.log_samples(samples)

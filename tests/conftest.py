@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from gradients import fixed_rows  # noqa: E402
+from ranks import run_ranks  # noqa: E402
 
 import common  # noqa: E402
 from tools import toy  # noqa: E402
@@ -118,13 +120,22 @@ METHODS = ("vgs.py", "vold.py", "ptdpo.py", "vigos.py", "reopold.py")
 
 
 def run_script(
-    script, *argv, torchrun: int = 0, timeout: int = 900, cwd: Path = ROOT, env: dict | None = None
+    script,
+    *argv,
+    ranks: int = 0,
+    torchrun: int = 0,
+    timeout: int = 900,
+    cwd: Path = ROOT,
+    env: dict | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run a script of this folder as a user would, under torchrun with `torchrun` processes if that is not 0.
+    """Run a script of this folder as a user would: with `ranks` ranks, which may be torchrun's processes.
 
-    A method that needs neither torchrun nor an environment of its own runs in this process, which saves the start's
+    A method that needs neither ranks nor an environment of its own runs in this process, which saves the start's
     seconds. timeout: for what hangs; no test depends on how fast the machine is.
     """
+    if ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_ranks([str(script), *map(str, argv)], ranks, cwd, Path(folder), timeout)
     if script in METHODS and not torchrun and cwd == ROOT and env is None:
         return run_here(script, *argv)
     launch = []
@@ -183,7 +194,7 @@ def layout_gradients(
     ranks = len(layouts[0][0])
     argv = ["tests/gradients.py", tiny, tmp_path / "gradients.pt", json.dumps(layouts)]
     if machines == 1:
-        results = [run_script(*argv, torchrun=ranks if ranks > 1 else 0)]
+        results = [run_script(*argv, ranks=ranks)]
     else:
         with socket.socket() as s:
             s.bind(("localhost", 0))

@@ -104,7 +104,7 @@ def test_two_ranks_train_as_one_does(tiny, tmp_path):
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         argv = flags(tiny, folder, max_steps=3)
-        result = run_script("vgs.py", *argv, torchrun=ranks if ranks > 1 else 0)
+        result = run_script("vgs.py", *argv, ranks=ranks if ranks > 1 else 0)
         assert result.returncode == 0, result.stderr
         runs.append((read(folder / "samples.jsonl"), read(folder / "metrics.jsonl")))
     (samples, metrics), (half, again) = runs

@@ -47,7 +47,7 @@ def test_nothing_that_is_not_finite_reaches_the_weights(name, fault, tiny, tmp_p
     settings = in_tiny(tiny, RUNS[name]) | dict(eval_data="")
     argv = flags(tiny, tmp_path / "run", **settings)
     script = name.split(",")[0]
-    result = run_script("tests/faulty.py", tmp_path / "result", script, fault, *argv, torchrun=2)
+    result = run_script("tests/faulty.py", tmp_path / "result", script, fault, *argv, ranks=2)
     assert result.returncode != 0, result.stderr
     first, second = json.loads((tmp_path / "result").read_text())
     assert [first["moved"], second["moved"]] == [False, False]

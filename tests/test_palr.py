@@ -52,13 +52,13 @@ def parrot(tiny, tmp_path_factory):
     return folder
 
 
-def measure(tiny, student, output, torchrun=0, **changes):
+def measure(tiny, student, output, ranks=0, **changes):
     """Greedy, unless told otherwise."""
     values = dict(student=student, max_response=64, eval_rows=0, top_k=1, teacher=None)
     values |= dict(data=None, prompts=None, max_steps=None, eval_every=None)
     argv = flags(tiny, output, **values | changes)
-    if torchrun:
-        result = run_script("-m", "tools.palr", *argv, torchrun=torchrun)
+    if ranks:
+        result = run_script("-m", "tools.palr", *argv, ranks=ranks)
     else:
         result = run_here("tools.palr", *argv)
     found = json.loads((output / "palr.json").read_text()) if result.returncode == 0 else None
@@ -168,7 +168,7 @@ def test_against_float64(tiny, parrot, tmp_path):
     for (method, part), value in expected.items():
         assert found["palr"][method][part] == pytest.approx(value, rel=1e-3, abs=1e-6)
 
-    changes |= dict(micro_tokens=400, torchrun=2)
+    changes |= dict(micro_tokens=400, ranks=2)
     result, two = measure(tiny, tmp_path / "moved", tmp_path / "two", **changes)
     assert result.returncode == 0, result.stderr
     assert two["used"] == found["used"]

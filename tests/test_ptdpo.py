@@ -343,7 +343,7 @@ def test_real_runs(tiny, tmp_path, changes):
         )
         assert 0 < last["student_tail"] < 1 and 0 < last["ptd_gap_bound"] <= math.log(2)
         there = [str(tmp_path / "two") if part == str(tmp_path / "run") else part for part in argv]
-        two = run_script("ptdpo.py", *there, torchrun=2)
+        two = run_script("ptdpo.py", *there, ranks=2)
         assert two.returncode == 0, two.stderr
 
 

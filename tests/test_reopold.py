@@ -295,7 +295,7 @@ def test_text_alone_on_two_ranks(tiny, tmp_path):
         column_problem="text_problem",
         lr=1e-9,
     )
-    result = run_script("reopold.py", *flags(tiny, tmp_path / "run", **changes), torchrun=2)
+    result = run_script("reopold.py", *flags(tiny, tmp_path / "run", **changes), ranks=2)
     assert result.returncode == 0, result.stderr
     # it is its own teacher
     assert metrics(tmp_path / "run")[-1]["log_ratio"] == pytest.approx(0, abs=1e-3)

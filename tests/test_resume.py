@@ -118,11 +118,11 @@ def test_going_on_is_as_undisturbed(tiny, tmp_path, name):
 
 
 def test_on_two_ranks_and_from_two_to_one(tiny, tmp_path):
-    done(run_script(*command(tiny, tmp_path / "whole", "vgs"), torchrun=2))
+    done(run_script(*command(tiny, tmp_path / "whole", "vgs"), ranks=2))
     for ranks in (2, 1):
         folder = stopped(tmp_path / "whole", tmp_path / str(ranks))
         argv = command(tiny, folder, "vgs")
-        said = done(run_script(*argv, torchrun=ranks if ranks > 1 else 0))
+        said = done(run_script(*argv, ranks=ranks if ranks > 1 else 0))
         assert said.count("going on after step 2") == 1
     same(tmp_path / "2", tmp_path / "whole")
     near(tmp_path / "1", tmp_path / "whole")
@@ -139,7 +139,7 @@ def test_from_one_rank_to_two(tiny, tmp_path, name):
         stopped(tmp_path / "whole" / "sft", tmp_path / "two" / "sft")
     else:
         stopped(tmp_path / "whole", tmp_path / "two")
-    done(run_script(*command(tiny, tmp_path / "two", name), torchrun=2))
+    done(run_script(*command(tiny, tmp_path / "two", name), ranks=2))
     for stage in ("sft", "rl") if name == "vold" else ("",):
         near(tmp_path / "two" / stage, tmp_path / "whole" / stage)
 

@@ -33,9 +33,10 @@ def test_log_probs_are_those_of_the_distribution_sampled_from(
 ):
     """Against a forward pass of the trainer's kind, with the same tokens banned and the same settings."""
     torch.manual_seed(0)
-    hf = engine(tiny, processor, max_response=9)
+    how = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    hf = engine(tiny, processor, max_response=9, **how)
     prompts = [processor.encode(vgs.with_image(tiny_rows[i])) for i in range(5)]
-    responses = hf.generate(prompts, seeds_for(prompts), temperature, top_p, top_k)
+    responses = hf.generate(prompts, seeds_for(prompts))
     model = common.Model(str(tiny / "student"), torch.float32)
     with torch.no_grad():
         logits = model(processor.batch(prompts, responses)) @ model.head().T
@@ -59,10 +60,10 @@ def test_a_response_depends_on_its_own_seed_alone(tiny, tiny_rows, processor):
     """Not on the responses beside it, nor on the size of the batch: the same on any number of ranks."""
     prompts = [processor.encode(vgs.with_image(tiny_rows[i])) for i in range(6)]
     seeds = seeds_for(prompts)
-    together = engine(tiny, processor, max_response=9).generate(prompts, seeds)
-    hf = engine(tiny, processor, max_response=20)
+    hf = engine(tiny, processor, max_response=9)
+    together = hf.generate(prompts, seeds)
     for i in (4, 1):
-        (alone,) = hf.generate([prompts[i]], [seeds[i]], limit=9)
+        (alone,) = hf.generate([prompts[i]], [seeds[i]])
         assert alone.ids == together[i].ids and alone.log_probs == pytest.approx(
             together[i].log_probs, abs=1e-5
         )
@@ -90,21 +91,21 @@ def test_tokens_come_as_often_as_their_probability_says(tiny, tiny_rows, process
 def test_placeholders_and_padding_rows_are_never_sampled(tiny, tiny_rows, processor):
     """At temperature 20 tokens are nearly uniform: without the ban hundreds would be placeholders or padding."""
     torch.manual_seed(0)
-    hf = engine(tiny, processor, max_response=32)
+    hf = engine(tiny, processor, max_response=32, temperature=20.0)
     assert processor.image_id in hf.banned and 511 in hf.banned and len(hf.banned) > 8
     prompts = [processor.encode(vgs.with_image(tiny_rows[i % 8])) for i in range(64)]
-    responses = hf.generate(prompts, seeds_for(prompts), 20.0)
+    responses = hf.generate(prompts, seeds_for(prompts))
     sampled = [token for r in responses for token in r.ids]
     assert len(sampled) > 1000 and not set(sampled) & set(hf.banned)
 
 
 def test_greedy_repeats_itself_and_responses_end_once(tiny, tiny_rows, processor):
-    hf = engine(tiny, processor, max_response=16)
+    hf = engine(tiny, processor, max_response=16, temperature=3.0)
     prompts = [processor.encode(vgs.with_image(tiny_rows[i])) for i in range(6)]
     first, second = hf.generate(prompts), hf.generate(prompts)
     assert [r.ids for r in first] == [r.ids for r in second]
     torch.manual_seed(0)
-    for r in hf.generate(prompts * 10, seeds_for(prompts * 10), 3.0):
+    for r in hf.generate(prompts * 10, seeds_for(prompts * 10)):
         assert r.finished == (r.ids[-1] in hf.ends) and not set(r.ids[:-1]) & set(hf.ends)
         assert r.finished or len(r.ids) == 16
         assert len(r.ids) == len(r.log_probs)

@@ -160,13 +160,13 @@ class Scripted:
         self.processor, self.scripts, self.limit, self.asked = processor, scripts, limit, []
         self.sync = self.sleep = self.close = lambda *_: None
 
-    def generate(self, prompts, seeds=None, temperature=1.0, top_p=1.0, top_k=0, limit=None):
+    def generate(self, prompts, seeds=None):
         self.asked.append((prompts, seeds))
         responses = []
         for prompt in prompts:
             script = next(turns for ids, turns in self.scripts if prompt.ids[: len(ids)] == ids)
             whole = ids_of(self.processor, script.pop(0))
-            ids = whole[: limit or self.limit]
+            ids = whole[: self.limit]
             text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
             log_probs = [-0.5 - i for i in range(len(ids))]
             responses.append(common.Response(ids, len(ids) == len(whole), text, log_probs))
@@ -355,7 +355,7 @@ class Calling:
 
     def generate(self, *what):
         self.turn += 1
-        responses = self.engine.generate(*what, limit=9)
+        responses = self.engine.generate(*what)
         for i, r in enumerate(responses):
             r.ids, r.log_probs, r.finished = r.ids[: 6 + i], r.log_probs[: 6 + i], True
             right = 0.5 if i % 2 else -0.5
@@ -366,7 +366,7 @@ class Calling:
 
 def test_what_was_sampled_in_turns_has_the_trainers_log_probs(tiny, tiny_rows, processor):
     """Tokens behind images and error messages, against one pass over the whole; tools' tokens get no gradient."""
-    args = common.Args(dtype="float32", max_response=40)
+    args = common.Args(dtype="float32", max_response=9)
     engine = common.HFEngine(str(tiny / "student"), processor, args)
     prompts = [processor.encode(reopold.with_tools(tiny_rows[i])) for i in range(4)]
     turns = reopold.Turns(Calling(engine), reopold.Args(calls=2, max_response=200))
@@ -409,7 +409,7 @@ def test_what_was_sampled_in_turns_has_the_trainers_log_probs(tiny, tiny_rows, p
 def test_real_runs_with_tools(tiny, tmp_path, ranks, changes):
     """An untrained model calls nothing; offered a tool it still trains, and the log says so."""
     settings = dict(calls=2, updates=1) | changes
-    result = run_script("reopold.py", *flags(tiny, tmp_path / "run", **settings), torchrun=ranks)
+    result = run_script("reopold.py", *flags(tiny, tmp_path / "run", **settings), ranks=ranks)
     assert result.returncode == 0, result.stderr
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["tool_calls"] == last["tool_errors"] == last["tool_refused"] == 0

@@ -361,7 +361,7 @@ def test_two_ranks_with_answers_in_form(tiny, parrot, tmp_path, lora):
     changes = {"lora": 4, "dtype": "bfloat16"} if lora else {}
     changes |= dict(student=parrot, max_response=64)
     argv = run_flags(tiny, tmp_path / "run", **changes)
-    result = run_script("vigos.py", *argv, *more, torchrun=2)
+    result = run_script("vigos.py", *argv, *more, ranks=2)
     assert result.returncode == 0, result.stderr
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["tokens_perception"] > 0 and last["tokens_reasoning"] > 0

@@ -63,7 +63,8 @@ def said(responses) -> torch.Tensor:
 
 def gap(engine, student, prompts, temperature=1.0) -> float:
     """Largest difference of the log-probs of freshly sampled tokens."""
-    responses = engine.generate(prompts, seeds(len(prompts)), temperature)
+    engine.args.temperature = temperature
+    responses = engine.generate(prompts, seeds(len(prompts)))
     ids = [token for r in responses for token in r.ids]
     assert len(ids) > 20 and not set(ids) & set(engine.bias)
     ours = read_again(engine, student, prompts, responses, temperature)
@@ -111,16 +112,19 @@ def test_without_forgetting_images_the_log_probs_are_wrong(engine, student, tiny
     assert gap(engine, student, prompts) > 1e-3
 
 
-def test_seeds_limits_and_ends(engine, student, tiny_rows):
+def test_seeds_limits_and_ends(engine, student, tiny_rows, monkeypatch):
     engine.sync(student.weights())
     prompts = prompts_of(engine, tiny_rows)
     first = engine.generate(prompts, seeds(6))
     again = engine.generate(prompts[1:2], seeds(6)[1:2])
     assert first[1].ids == again[0].ids, "a response depends on its seed alone"
-    assert all(len(r.ids) == 3 for r in engine.generate(prompts[:2], seeds(2), limit=3))
+    monkeypatch.setattr(engine.args, "max_response", 3)
+    assert all(len(r.ids) == 3 for r in engine.generate(prompts[:2], seeds(2)))
+    monkeypatch.undo()
     greedy = engine.generate(prompts)
     assert [r.ids for r in greedy] == [r.ids for r in engine.generate(prompts)]
-    for response in engine.generate(prompts * 6, seeds(36), 2.0):
+    monkeypatch.setattr(engine.args, "temperature", 2.0)
+    for response in engine.generate(prompts * 6, seeds(36)):
         ends = [token == engine.processor.tokenizer.eos_token_id for token in response.ids]
         assert response.finished == ends[-1] and not any(ends[:-1])
         assert len(response.ids) == len(response.log_probs) <= 24
@@ -129,7 +133,7 @@ def test_seeds_limits_and_ends(engine, student, tiny_rows):
 CALL = {"name": "crop_image", "arguments": {"bbox_2d": [0, 0, 0.5, 1], "target_image": 1}}
 
 
-def test_responses_of_several_turns(engine, student, tiny_rows):
+def test_responses_of_several_turns(engine, student, tiny_rows, monkeypatch):
     """Images that tools show in the middle: sampled turn by turn, and read by the trainer at once."""
 
     class Calling:
@@ -140,13 +144,14 @@ def test_responses_of_several_turns(engine, student, tiny_rows):
 
         def generate(self, prompts, seeds):
             self.turn += 1
-            responses = engine.generate(prompts, seeds, limit=12)
+            responses = engine.generate(prompts, seeds)
             for r in responses:
                 r.finished = True
                 if self.turn < 3:
                     r.text = f"<tool_call>{json.dumps(CALL)}</tool_call>"
             return responses
 
+    monkeypatch.setattr(engine.args, "max_response", 12)
     engine.sync(student.weights())
     prompts = [engine.processor.encode(reopold.with_tools(tiny_rows[i])) for i in range(2)]
     turns = reopold.Turns(Calling(), reopold.Args(calls=2, max_response=200))

@@ -236,7 +236,7 @@ def weights_of(folder):
 def test_all_stages(tiny, tmp_path, ranks):
     # Hot and long enough for an untrained model to end sometimes.
     argv = arguments(tiny, tmp_path / "run", max_response=120, temperature=2.0, save_every=1)
-    result = run_script(*argv, torchrun=ranks)
+    result = run_script(*argv, ranks=ranks)
     assert result.returncode == 0, result.stderr
     assert "traces of 9 questions, 0 written before" in result.stdout
     before = load_file(tiny / "student" / "model.safetensors")
@@ -310,7 +310,7 @@ def test_traces_go_on_where_they_stopped_on_any_number_of_ranks(tiny, tmp_path):
     file.write_text("\n".join([*lines[:4], lines[4][:30]]))  # killed in the middle of a line
     kept = sorted((json.loads(line) for line in lines[:4]), key=lambda record: record["index"])
     assert vold.read_records(folder) == kept
-    two = run_script(*argv, torchrun=2)
+    two = run_script(*argv, ranks=2)
     assert two.returncode == 0 and "9 questions, 4 written before" in two.stdout, two.stderr
     assert (folder / "records-1.jsonl").exists()
     assert vold.read_records(folder) == whole  # the same ones: a seed a row
@@ -356,7 +356,7 @@ def test_eq_4_sft_logs_the_mean_over_all_tokens_on_any_number_of_ranks(tiny, tmp
     for ranks in (0, 2):
         folder = tmp_path / f"run-{ranks}"
         changes = dict(stage="sft", traces=tmp_path / "traces", sft_steps=1, sft_batch=8)
-        result = run_script(*arguments(tiny, folder, **changes), torchrun=ranks)
+        result = run_script(*arguments(tiny, folder, **changes), ranks=ranks)
         assert result.returncode == 0, result.stderr
         assert not (folder / "rl").exists()
         logs.append(lines_of(folder / "sft")[-1])
@@ -455,4 +455,4 @@ def test_the_models_of_a_stage_are_gone_before_the_next(tiny, tmp_path, monkeypa
     finally:
         gc.enable()
     assert result.returncode == 0, result.stderr
-    assert len(students) == 1 and len(made) == 3 and closed == [1, 2] and alive == [0, 0, 0]
+    assert len(students) == 1 and len(made) == 3 and closed == [1, 2, 3] and alive == [0, 0, 0]

@@ -185,7 +185,7 @@ def load(args: Args) -> tuple:
     return rows, Checkpoint(args, processor)
 
 
-def main() -> None:
+def main():
     import tyro
     from tqdm import tqdm
 
@@ -209,7 +209,7 @@ def main() -> None:
     write_table(records, kept, args)
 
 
-def write_table(records: dict[int, dict], kept: list[int], args: Args) -> None:
+def write_table(records: dict[int, dict], kept: list[int], args: Args):
     """rows.parquet, and how many hints were rejected."""
     path = Path(args.output, "rows.parquet")
     table = common.load_data(args.data, args.data_split).select(kept)

@@ -124,7 +124,7 @@ def leakage(student: Tensor, teacher: Tensor, wrong: Tensor, other: Tensor) -> T
 
 
 @torch.no_grad()
-def read(name: str, samples: list[common.Sample], run: common.Run, args: Args) -> None:
+def read(name: str, samples: list[common.Sample], run: common.Run, args: Args):
     """s.read[name] = the log-probs [T] of the response's tokens in this context. One context at a time: pixels."""
     having = []
     for s in samples:
@@ -227,7 +227,7 @@ def load_rows(args: Args, processor: common.Processor):
     return rows
 
 
-def main() -> None:
+def main():
     args = common.parse_args(Args, vigos.PRESETS, RANGES)
     args.lora = 0  # nothing is trained
     trained = Path(args.student).parent / "args.json"

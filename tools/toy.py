@@ -440,7 +440,7 @@ def zoom_rows() -> dict[str, list[dict]]:
 ROWS = {"main": main_rows, "captions": captions_rows, "math": math_rows, "zoom": zoom_rows}
 
 
-def write(rows: list[dict], folder: Path) -> None:
+def write(rows: list[dict], folder: Path):
     """Rows as an ordinary data set."""
     import datasets
 
@@ -461,7 +461,7 @@ def png(image: Image.Image) -> dict:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def make(part: str, folder: Path) -> None:
+def make(part: str, folder: Path):
     """The stored checkpoints and freshly drawn rows of a part."""
     for file in sorted((WEIGHTS / part).glob("*/*")):
         copy = folder / file.relative_to(WEIGHTS / part)
@@ -472,7 +472,7 @@ def make(part: str, folder: Path) -> None:
         write(rows, folder / name)
 
 
-def once(folder: Path, make) -> None:
+def once(folder: Path, make):
     """make(folder aside), unless the folder is there: its name appears only when everything is in it."""
     if folder.exists():
         return
@@ -506,7 +506,7 @@ def digest(*files: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default="main", help="main, captions, math, or zoom")
     parser.add_argument("--rebuild", action="store_true", help="train the models, all parts")

@@ -37,7 +37,7 @@ def tokenizer():
     return toy.make_tokenizer(texts)
 
 
-def begin(model: str, root: Path, folder: Path, family: str) -> None:
+def begin(model: str, root: Path, folder: Path, family: str):
     """Write the checkpoint that a model's training starts from; root: where earlier ones are."""
     if model in TRAINED_ON:
         shutil.copytree(root / TRAINED_ON[model], folder)
@@ -82,7 +82,7 @@ def backward(model: common.Model, processor: common.Processor, examples: list[tu
     return total
 
 
-def train(folder: Path, rows: list[dict], course: Course, title: str) -> None:
+def train(folder: Path, rows: list[dict], course: Course, title: str):
     """Train the checkpoint in `folder`; the result takes its place."""
     from tqdm import tqdm
 
@@ -126,7 +126,7 @@ def train(folder: Path, rows: list[dict], course: Course, title: str) -> None:
     model.lm.save_pretrained(folder)  # beside the tokenizer and the image processor that are there
 
 
-def rebuild_part(part: str, root: Path, family: str, folder: Path) -> None:
+def rebuild_part(part: str, root: Path, family: str, folder: Path):
     """Write a part's rows and newly trained models into `folder`."""
     import transformers
 
@@ -204,7 +204,7 @@ def measure(model: str, folder: Path) -> dict[str, float]:
     return {lesson: accuracy(answers(folder, lesson, rows), rows) for lesson in MEASURED[model]}
 
 
-def store(root: Path) -> None:
+def store(root: Path):
     """Put the models of a rebuild into tools/toy_weights, as float16, and what is known of them into recipe.json."""
     from safetensors.torch import load_file, save_file
 
