@@ -54,8 +54,9 @@ def stale(log_p, ids):
 
 
 def start(args, processor, teacher: str | None, output: str = "") -> common.Run:
-    """A run with its models, that is not going to take steps."""
-    args.engine = "hf"
+    """A run with its models, that is not going to sample or take steps."""
+    args.engine = "none"
+    common.ENGINES["none"] = lambda *_: None
     run = common.Run.__new__(common.Run)
     run.args, run.own, run.step, run.total = args, {}, 1, 1
     run.load(processor, teacher)

@@ -199,8 +199,8 @@ faults(
     {
         "kl": "subtract 1, multiply 1, drop masked_fill 1",
         "entropy": "minus 1, drop exp 1",
-        "group_advantages": "subtract 1, divide 1, drop masked_fill 1",
-        "clipped_surrogate": "swap minimum 1, subtract 1, add 1, flip 1, flip 2",
+        "group_advantages": "subtract 1, divide 1, drop double 1",
+        "clipped_surrogate": "drop minimum 1, subtract 1, add 1, drop clamp 1, flip 1",
         "k3": "subtract 1, subtract 2",
         "sequence_old": "subtract 1, divide 1, subtract 2",
         "token_means": "multiply 1, divide 1",

@@ -112,7 +112,7 @@ def learn(script: str, folder: Path, *argv) -> list[dict]:
 
 
 def test_half_a_minute_of_vgs_teaches_the_student(tmp_path):
-    metrics = learn("vgs.py", tmp_path / "run", "--max-steps", "24", "--eval-rows", "200")
+    metrics = learn("vgs.py", tmp_path / "run", "--max-steps", "16", "--eval-rows", "200")
     assert metrics[-1]["acc@1"] >= metrics[0]["acc@1"] + 0.1
     assert metrics[-1]["vis"] < 0.8 * metrics[1]["vis"]
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, flags, run_script
+from conftest import flags, run_here, run_script
 
 from tools import figures
 
@@ -13,13 +13,18 @@ NOT_READ = dict.fromkeys(("max_steps", "prompts", "data", "eval_every"))
 
 
 def figure(method, argv, ranks=0):
-    result = run_script("-m", "tools.figures", method, *argv, cwd=ROOT)
+    if ranks:
+        result = run_script("-m", "tools.figures", method, *argv, ranks=ranks)
+    else:
+        result = run_here("tools.figures", method, *argv)
     assert result.returncode == 0, result.stderr
     return result
 
 
-def test_angles_in_ten_bins(tiny, tmp_path):
-    figure("vgs", flags(tiny, tmp_path / "run", **NOT_READ | {"eval_rows": 8}))
+@pytest.mark.parametrize("ranks, rows", [(0, 8), (2, 1)])  # also a rank without a question
+def test_angles_in_ten_bins(tiny, tmp_path, ranks, rows):
+    settings = NOT_READ | {"eval_rows": rows, "max_response": 20}
+    figure("vgs", flags(tiny, tmp_path / "run", **settings), ranks)
     table = json.loads((tmp_path / "run" / "angles.json").read_text())
     assert [line["bin"] for line in table] == list(range(10))
     for line in table:
@@ -51,9 +56,10 @@ def test_shifts_and_pass_at_on_worked_examples():
         assert kl[i].item() == 0 and kl_hint[i].item() == pytest.approx(expected)
 
 
-def test_contexts_of_a_tutor(tiny, tmp_path):
+@pytest.mark.parametrize("ranks", [0, 3])  # one of three has no question
+def test_contexts_of_a_tutor(tiny, tmp_path, ranks):
     settings = NOT_READ | {"teacher": None, "group": 4, "eval_rows": 2}
-    result = figure("ptdpo", flags(tiny, tmp_path / "run", **settings))
+    result = figure("ptdpo", flags(tiny, tmp_path / "run", **settings), ranks)
     assert "2 of 2 questions have a hint and a solution" in result.stdout
     table = json.loads((tmp_path / "run" / "contexts.json").read_text())
     assert [line["context"] for line in table] == ["question", "answer", "hint", "solution"]
@@ -68,7 +74,7 @@ def test_contexts_of_a_tutor(tiny, tmp_path):
     "method, argv", [("", []), ("vold", []), ("vgs", ["--gamma", "0", "--lambda-lp", "0"])]
 )
 def test_what_has_no_figure_is_refused(method, argv):
-    result = run_script("-m", "tools.figures", *filter(None, [method]), *argv, cwd=ROOT)
+    result = run_here("tools.figures", *filter(None, [method]), *argv)
     assert (
         result.returncode != 0 and "error: " in result.stderr and "Traceback" not in result.stderr
     )

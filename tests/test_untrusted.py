@@ -234,7 +234,7 @@ def test_random_flags_end_in_settings_or_in_a_clear_error(script, capsys):
         numbers = [x for x in vars(args).values() if isinstance(x, float)]
         assert all(0 <= x < float("inf") for x in numbers), args
 
-    few = settings(FUZZ, max_examples=30)
+    few = settings(FUZZ, max_examples=15)
     few(given(st.lists(st.sampled_from(fields).flatmap(flag), min_size=1, max_size=4))(check))()
     for f in (
         fields
@@ -279,7 +279,7 @@ def test_traps_end_and_are_not_run(tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
-@settings(FUZZ, max_examples=500)
+@settings(FUZZ, max_examples=200)
 @given(
     st.lists(st.sampled_from(["\\boxed{a", "\\boxed { b", "{c", "}", "} "]), max_size=8).map(
         "".join

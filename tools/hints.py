@@ -45,6 +45,9 @@ class Args:
     rollout_batch: int = 64  # hints that are written at once
     vllm_memory: float = 0.8  # share of a GPU's memory that vLLM may hold, weights included
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the engine
+    temperature: float = 1.0  # of the engine's sampling
+    top_p: float = 1.0  # nucleus sampling; 1 = off
+    top_k: int = 0  # sample among the k likeliest tokens; 0 = off
     seed: int = 0  # of the engine's sampling
     data_split: str = "train"  # which split of data
     skip_bad_rows: bool = False  # leave out rows that cannot be used, instead of stopping
