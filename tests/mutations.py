@@ -225,9 +225,9 @@ faults(
 def check(table):
     """Raises LookupError at the first fault that does not fit any more, ValueError at one that changes nothing."""
     sources = {file: (ROOT / file).read_text() for file, *_ in table}
+    plain = {file: ast.unparse(ast.parse(source)) for file, source in sources.items()}
     for file, function, how, nth, _ in table:
-        plain = ast.unparse(ast.parse(sources[file]))
-        if mutated(sources[file], function, how, nth) == plain:
+        if mutated(sources[file], function, how, nth) == plain[file]:
             raise ValueError(f"{file}, {function}: {how} {nth} changes nothing")
 
 

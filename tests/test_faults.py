@@ -23,7 +23,7 @@ RUNS = {
     "reopold.py": dict(updates=1),
 }
 FAULTS = ("loss-nan", "loss-inf", "gradient-nan", "gradient-inf", "teacher-nan", "reward-nan")
-QUICK = {("vgs.py", "gradient-inf"), ("ptdpo.py", "reward-nan")}
+QUICK = {("ptdpo.py", "reward-nan")}
 
 
 def can_strike(name: str, fault: str) -> bool:

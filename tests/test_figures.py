@@ -21,7 +21,8 @@ def figure(method, argv, ranks=0):
     return result
 
 
-@pytest.mark.parametrize("ranks, rows", [(0, 8), (2, 1)])  # also a rank without a question
+# also a rank without a question
+@pytest.mark.parametrize("ranks, rows", [(0, 8), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_angles_in_ten_bins(tiny, tmp_path, ranks, rows):
     settings = NOT_READ | {"eval_rows": rows, "max_response": 20}
     figure("vgs", flags(tiny, tmp_path / "run", **settings), ranks)
@@ -56,7 +57,8 @@ def test_shifts_and_pass_at_on_worked_examples():
         assert kl[i].item() == 0 and kl_hint[i].item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("ranks", [0, 3])  # one of three has no question
+# one of three has no question
+@pytest.mark.parametrize("ranks", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_contexts_of_a_tutor(tiny, tmp_path, ranks):
     settings = NOT_READ | {"teacher": None, "group": 4, "eval_rows": 2}
     result = figure("ptdpo", flags(tiny, tmp_path / "run", **settings), ranks)

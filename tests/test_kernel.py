@@ -466,6 +466,7 @@ def test_compiles_without_warnings_or_spills(architecture, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_compile_at_once(tmp_path):
     nvcc = nvcc_or_skip()
     with ThreadPoolExecutor() as pool:

@@ -272,6 +272,7 @@ def short(monkeypatch, tmp_path):
     toy_training.held_out.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_rebuild_trains_every_model_and_stores_what_the_next_start_takes(short, tmp_path):
     root = toy_training.rebuild("qwen3_vl", keep=True)
     known = json.loads((toy.WEIGHTS / "recipe.json").read_text())

@@ -403,7 +403,12 @@ def test_what_was_sampled_in_turns_has_the_trainers_log_probs(tiny, tiny_rows, p
 
 @pytest.mark.parametrize(
     "ranks, changes",
-    [(2, {}), (0, {"method": "sft"}), (0, {"method": "grpo", "group": 2})],
+    [
+        (0, {}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        (0, {"method": "sft"}),
+        (0, {"method": "grpo", "group": 2}),
+    ],
     ids=str,
 )
 def test_real_runs_with_tools(tiny, tmp_path, ranks, changes):

@@ -355,7 +355,7 @@ def parrot(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("lora", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_two_ranks_with_answers_in_form(tiny, parrot, tmp_path, lora):
     more = ["--gradient-checkpointing"] if lora else []
     changes = {"lora": 4, "dtype": "bfloat16"} if lora else {}

@@ -173,11 +173,8 @@ RUNS = {
 }
 
 
-IN_GATE = ("all stages",)  # two engines after each other, and both kinds of weights pushed
-CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in IN_GATE)) for name in RUNS]
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_train_with_it(tiny, tmp_path, name):
     script, settings = RUNS[name]
     settings = dict(engine="vllm", max_prompt=1000, max_steps=3) | in_tiny(tiny, settings)
