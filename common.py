@@ -89,9 +89,8 @@ class Args:
     column_answer: str = "answer"  # column with the checkable answer
     skip_bad_rows: bool = False  # leave out rows that cannot be used, instead of stopping
 
-    engine: Literal["auto", "hf", "vllm"] = (
-        "auto"  # who generates; auto: vllm if it and a GPU are there
-    )
+    # who generates; auto: vllm where it and a GPU are there
+    engine: Literal["auto", "hf", "vllm"] = "auto"
     vllm_memory: float = 0.4  # share of a GPU's memory that vLLM may hold, weights included
     prompts: int = 64  # questions a rollout batch, over all ranks
     group: int = 1  # responses a question (G)
@@ -190,11 +189,9 @@ def rank() -> int:
 
 
 def device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def start_ranks(args):
@@ -493,12 +490,7 @@ class Processor:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
         # A sampled image placeholder would promise the next forward pass an image that is not there.
-        vision = (
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-        )
+        vision = [f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")]
         self.banned = sorted({getattr(self.config, key, None) for key in vision} - {None})
         self.control = self.tokenizer.all_special_tokens
 
@@ -575,12 +567,11 @@ class Processor:
         The token at c is predicted at c - 1. Prompt of 3 tokens, response of 2 -> cols 2, 3. Nobody attends to the
         padding behind, so there is no mask, and attention takes its fast causal path.
         """
-        batch = self.pad(
-            [Prompt(p.ids + r.ids, p.pixels, p.grid) for p, r in zip(prompts, responses)]
-        )
+        pairs = list(zip(prompts, responses))
+        batch = self.pad([Prompt(p.ids + r.ids, p.pixels, p.grid) for p, r in pairs])
         del batch["attention_mask"]
         places = []
-        for b, (prompt, response) in enumerate(zip(prompts, responses)):
+        for b, (prompt, response) in enumerate(pairs):
             first = len(prompt.ids) - 1
             places += [(b, first + t) for t, sampled in enumerate(response.mask) if sampled]
         batch["rows"], batch["cols"] = torch.tensor(places, dtype=torch.long).view(-1, 2).T
@@ -864,6 +855,7 @@ class VLLMEngine:
 
         self.processor, self.args, self.vllm, self.asleep = processor, args, vllm, False
         self.gpu = torch.cuda.is_available()
+        limits = {"image": IMAGES, "video": 0} if processor.image_id is not None else None
         self.llm = vllm.LLM(
             model=locate(name),
             dtype=args.dtype,
@@ -872,18 +864,15 @@ class VLLMEngine:
             max_num_seqs=args.rollout_batch,
             gpu_memory_utilization=args.vllm_memory,
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
-            limit_mm_per_prompt=None
-            if processor.image_id is None
-            else {"image": IMAGES, "video": 0},
+            limit_mm_per_prompt=limits,
             enforce_eager=not self.gpu,
             enable_sleep_mode=self.gpu,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
         )
         padding = range(processor.vocab, self.llm.model_config.get_vocab_size())
-        self.bias = {
-            token: -100.0 for token in [*processor.banned, *padding]
-        }  # as HFEngine bans them
+        # as HFEngine bans them
+        self.bias = dict.fromkeys([*processor.banned, *padding], -100.0)
 
     def wake(self):
         if self.asleep:
@@ -1109,10 +1098,8 @@ def vocab_terms(fn, pairs, extras=(), vocab=None, chunk: int = 256) -> Tensor:
     pairs: (hidden [N, H], head [V, H]) for each logits argument. Only the first `vocab` columns of every head are used
     (what the models share). Logits exist for `chunk` tokens at a time.
     """
-    parts = [
-        torch.stack(fn(*logits, *extra)) for _, logits, extra in chunks(pairs, extras, vocab, chunk)
-    ]
-    return torch.cat(parts, dim=-1)
+    pieces = chunks(pairs, extras, vocab, chunk)
+    return torch.cat([torch.stack(fn(*logits, *extra)) for _, logits, extra in pieces], dim=-1)
 
 
 class _VocabLoss(torch.autograd.Function):
@@ -1155,14 +1142,7 @@ class _VocabLoss(torch.autograd.Function):
 
 
 def vocab_loss(
-    fn,
-    weights: Tensor,
-    hidden,
-    head: Tensor,
-    frozen=(),
-    extras=(),
-    vocab=None,
-    chunk=256,
+    fn, weights: Tensor, hidden, head: Tensor, frozen=(), extras=(), vocab=None, chunk=256
 ):
     """sum over k, t of weights[k, t] * terms[k, t], where terms = fn(*logits, *frozen_logits, *extras): K tensors [n].
 
@@ -1230,10 +1210,7 @@ def extract_answer(text) -> str | None:
 def boxed(text) -> str | None:
     r"""The content of the last complete \boxed{...} of a text, or None. In linear time."""
     # braces that are open: where the content begins, or -1 of any other brace
-    opened, last = (
-        [],
-        (-1, -1),
-    )
+    opened, last = [], (-1, -1)
     for match in re.finditer(r"\\boxed\s*\{|[{}]", text):
         if match[0] != "}":
             opened.append(-1 if match[0] == "{" else match.end())
@@ -1362,9 +1339,8 @@ class Run:
                 f"--epochs {args.epochs} of {len(train)} rows do not fill one batch of --prompts {args.prompts}"
             )
         self.train, self.order = train, data_order(len(train), args.prompts, args.seed)
-        self.optimizer, self.schedule = make_optimizer(
-            self.student, args, self.total * args.updates
-        )
+        updates = self.total * args.updates
+        self.optimizer, self.schedule = make_optimizer(self.student, args, updates)
         say(
             f"{self.settings['file']}, preset {args.preset}: {self.total} steps of {args.prompts} questions x "
             f"{args.group} responses in {args.updates} updates; engine {args.engine}, {ranks} ranks; in {self.path}"
@@ -1372,11 +1348,7 @@ class Run:
         self.begin()
         if self.step == 0:
             self.evaluate(held_out, context, others)
-        bar = tqdm(
-            range(self.step + 1, self.total + 1),
-            args.preset,
-            disable=rank() > 0,
-        )
+        bar = tqdm(range(self.step + 1, self.total + 1), args.preset, disable=rank() > 0)
         for self.step in bar:
             self.mark = time.perf_counter()
             yield self.step
@@ -1685,9 +1657,12 @@ def make_optimizer(model, args, updates):
         if step < args.warmup:
             return (step + 1) / (args.warmup + 1)
         done = (step - args.warmup) / max(1, updates - args.warmup)
-        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-            args.schedule
-        ]
+        falling = {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+        }
+        return falling[args.schedule]
 
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

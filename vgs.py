@@ -110,7 +110,7 @@ class Args(common.Args):
     gamma: float = 2.0  # steering coefficient (Eq. 13, 19); 0, with lambda 0 too: Standard
     lambda_lp: float = 0.01  # lambda: weight of the preserving term on visual tokens (Eq. 16, 21)
     eta: float = (
-        1.0  # constant factor on the loss: undoes the change of the gradient's norm (Eq. 15)
+        1.0  # constant factor on the loss, against the change of its gradient's norm (Eq. 15)
     )
     measure_eta: int = 0  # measure it every so many steps instead, by two more passes; 0 = never
     alpha: float = 1.0  # weight of distillation against GRPO (Eq. 22: 0.3); 0 = GRPO, no teacher
