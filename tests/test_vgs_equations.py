@@ -23,6 +23,13 @@ def logits():
     return zI.requires_grad_(), zL.requires_grad_(), yI, yL
 
 
+def test_the_question_alone_is_read_only_where_it_steers():
+    for changes in (dict(alpha=0.0), dict(gamma=0.0, lambda_lp=0.0)):
+        assert list(vgs.contexts(vgs.Args(**changes))) == ["image"]
+    for changes in (dict(alpha=0.3), dict(gamma=0.0), dict(lambda_lp=0.0)):
+        assert list(vgs.contexts(vgs.Args(**changes))) == ["image", "text"]
+
+
 def softmax(z):
     e = (z - z.max(-1, keepdim=True).values).exp()
     return e / e.sum(-1, keepdim=True)
