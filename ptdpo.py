@@ -48,6 +48,7 @@ Where this differs from the paper, or from the code released with it:
     own limits of pixels (the released scripts: 200,704 to 1,003,520: change preprocessor_config.json for those).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -382,11 +383,11 @@ def weigh(micros: list[common.Micro], run: common.Run, args: Args):
 def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
     """One optimizer step, and the means of the tutor's terms over F."""
 
-    def inputs(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
+    def extras(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
         """What terms needs besides logits."""
         return [m.ids, old_log_probs(m, hidden, head, run, args), m.reference, m.advantage]
 
-    log = run.update(micros, TERMS, lambda *z: terms(*z, args=args), inputs)
+    log = run.update(micros, TERMS, functools.partial(terms, args=args), extras)
     found = common.all_terms(micros)
     in_f = torch.cat([m.in_f for m in micros])
     everywhere = {"clipped": found["clipped"]}

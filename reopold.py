@@ -5,7 +5,7 @@ Paper: "Scaling Reasoning Efficiently via Relaxed On-Policy Distillation", arXiv
     python reopold.py                                            a laptop: small real models on real handwriting
     torchrun --nproc-per-node 8 reopold.py --preset visual-3b    one node: Qwen2.5-VL-3B from Qwen2.5-VL-32B
     torchrun --nproc-per-node 8 reopold.py --preset math-1.5b    text alone: R1-Distill-Qwen-1.5B from Skywork-OR1-Math
-    torchrun --nproc-per-node 8 reopold.py --preset agentic-3b   image tools: a 3B student from Pixel-Reasoner-7B
+    torchrun --nproc-per-node 8 reopold.py --preset agentic-3b   image tools: 3B from Pixel-Reasoner-7B (see 7)
 
 Student p and teacher q read the same prompt x. The student samples y; p_old is the student that did. No answer is
 checked. With --calls the student may look closer: y then has several turns, and what a tool returns between them is
@@ -21,7 +21,8 @@ context, not a part of y.
                           entropy H of the student                                                Eq. 8, 10
     (4) --explore         in the first part of the run M = [R >= log(lambda) / (1 - lambda)]      Eq. 6, 9
 
-    Reopold has all four. Without any it is RKL, Eq. 3, the gradient of KL(p || q) over the student's samples.
+    Reopold has all four, which is the default; --no-floor and the like leave one out. Without any it is RKL, Eq. 3, the
+    gradient of KL(p || q) over the student's samples. lambda is --lam.
 
     --method skew      mean over tokens of KL(p || lambda p + (1 - lambda) q), student first
              gkd       mean over tokens of KL(p || q) over the vocabulary;  gkd-top: on both Top-5 sets and a tail
@@ -36,8 +37,8 @@ Where this differs from the paper, or fills in what its surviving copies lack:
     switch after half of the steps, clip 0.2, a frozen vision tower, the longest prompt. The group is for more samples
     alone: nothing compares its responses, but for grpo. Evaluation is greedy, with training's limits (paper:
     temperature 0.6, top-p 0.95, longer).
- 3. The teacher of the visual presets is the 32B instruct model (the paper's was trained by NoisyRollout, and is not
-    published).
+ 3. The teacher of the visual presets is the 32B instruct model (the paper's was trained by NoisyRollout; we did
+    not find its name).
  4. Top-5 GKD: the paper does not say whose five tokens, nor what becomes of the others; ours is the union of both, and
     a tail.
  5. The wording of the prompts and of error messages is ours, and boxes are asked for in fractions (pixels are taken as
@@ -53,6 +54,7 @@ Where this differs from the paper, or fills in what its surviving copies lack:
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -202,6 +204,166 @@ def with_tools(row: dict) -> common.Context:
 def contexts(args: Args) -> dict:
     """What every response is sampled under and read in, by name."""
     return {"question": with_tools if args.calls else question}
+
+
+# =============================================================================================== losses
+def lowest_reward(lam: float) -> float:
+    """Eq. 7: what log(lambda + (1 - lambda) q / p) / (1 - lambda), a bound of R, tends to for q -> 0. 0.3 -> -1.72."""
+    return math.log(lam) / (1 - lam)
+
+
+def reward_of(log_p: Tensor, log_q: Tensor, args: Args) -> Tensor:
+    """R^ of the sampled tokens, [n], from log-probs [n] of student and teacher (Eq. 2, 5; Remark 3.1)."""
+    reward = log_q - (log_p.detach() if args.stop_gradient else log_p)
+    return reward.clamp(min=lowest_reward(args.lam)) if args.floor else reward
+
+
+# per token; the objective is maximised
+TERMS = ("objective", "log_ratio", "clipped", "log_p", "entropy")
+
+
+def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
+    """TERMS, [n] each, from the student's logits z [n, V] and what follows them.
+
+    y [n, V], the teacher's, for the methods in FULL; then [n] each: ids, log-probs when sampled (None: as now), the
+    teacher's log-probs, advantages.
+    """
+    *teacher, ids, old, chosen_q, advantage = tensors
+    log_p = z.log_softmax(-1)
+    chosen = common.gather(log_p, ids)
+    old = chosen.detach() if old is None else old
+    log_q = teacher[0].log_softmax(-1) if teacher else None
+    clipped = torch.zeros_like(chosen)
+    if args.method == "sft":
+        objective = chosen
+    elif args.method == "gkd":
+        objective = -common.kl(log_p, log_q)
+    elif args.method == "gkd-top":
+        objective = -topk_tail_divergence(z, teacher[0], TOP, "reverse_kl")  # student first
+    elif args.method == "skew":
+        mixture = torch.logaddexp(log_p + math.log(args.lam), log_q + math.log(1 - args.lam))
+        objective = -common.kl(log_p, mixture)
+    else:
+        advantage = advantage if args.method == "grpo" else reward_of(chosen, chosen_q, args)
+        objective, clipped = common.clipped_surrogate(chosen, old, advantage, args.clip, args.clip)
+    log_ratio = chosen_q - chosen.detach()
+    return objective, log_ratio, clipped, chosen, common.entropy(log_p.detach())
+
+
+# =============================================================================================== rollout
+def rollout(rows: list[dict], run: common.Run, args: Args) -> list[common.Sample]:
+    """The student answers this rank's questions, with tools if it has any; with sft the teacher does."""
+    samples = common.sample_responses(run.writer, rows, contexts(args), args)
+    if args.method == "grpo":
+        common.reward_answers(samples, args.group)
+    if args.calls:
+        for s in samples:  # the tools' images stand behind the question's own
+            seen = s.response.conversation
+            s.prompts["question"] = dataclasses.replace(seen, ids=s.prompts["question"].ids)
+        run.log(tool_use([s.response for s in samples]))
+    return samples
+
+
+def tool_use(responses: list) -> dict[str, float]:
+    """Answered calls a response, those of them that got an error, and the share that ended in a refused call."""
+    calls = [len(r.errors) for r in responses]
+    errors = [sum(r.errors) for r in responses]
+    refused = [r.refused for r in responses]
+    found = {"tool_calls": calls, "tool_errors": errors, "tool_refused": refused}
+    return common.mean_over_ranks(found)
+
+
+# =============================================================================================== score
+def log_prob_and_entropy(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens ids [n], [n] each, from logits [n, V]."""
+    log_p = z.log_softmax(-1)
+    return common.gather(log_p, ids), common.entropy(log_p)
+
+
+def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[common.Micro]:
+    """The teacher reads every response once, and where a ratio or a mask needs it the policy that sampled does too.
+
+    Adds m.log_q [n], the teacher's log-prob of the token, m.old, and m.entropy [n] of the policy that sampled.
+    """
+
+    def as_sampled(hidden, head):
+        read, pair = log_prob_and_entropy, (hidden, head)
+        return common.vocab_terms(read, [pair], [m.ids], run.vocab, args.loss_chunk)
+
+    sees = run.processor.image_id is not None
+    micros = common.make_micros(samples, ["question"], run.processor, args.micro_tokens, sees)
+    has_mask = args.method == "reopold" and (args.select or args.explore)
+    has_ratio = args.method in ("reopold", "grpo") and args.updates > 1
+    with torch.no_grad():
+        for m in micros:
+            m.log_q = torch.zeros_like(m.length)
+            if run.teacher is not None:
+                hidden = run.teacher(m.batch)
+                m.log_q = run.log_probs(hidden, run.head, m.ids)
+                if args.method in FULL:
+                    m.teacher = [hidden]
+            if has_mask or has_ratio:
+                m.old, m.entropy = run.student(m.batch, as_sampled)
+    return micros
+
+
+# =============================================================================================== weigh
+def explores(step: int, run: common.Run, args: Args) -> bool:
+    """Eq. 6: whether the step is one of the first phase. 10 steps, --switch 0.5 -> steps 1 to 5."""
+    return args.method == "reopold" and args.explore and (step - 1) / run.total < args.switch
+
+
+def weigh(micros: list[common.Micro], run: common.Run, args: Args):
+    """M of every token, m.kept [n], and its weight: 1 / the sum of M over the update on all ranks (Eq. 4)."""
+    exploring = explores(run.step, run, args)
+    if explores(run.total, run, args):
+        run.note(f"--switch {args.switch} lies behind the last step: the run only explores")
+    selects = args.method == "reopold" and args.select and not exploring
+    if selects:
+        (tau,) = common.quantile(torch.cat([m.entropy for m in micros]), [1 - args.beta])
+    for m in micros:
+        m.kept = torch.ones_like(m.length, dtype=torch.bool)
+        if exploring:
+            m.kept = m.log_q - m.old >= lowest_reward(args.lam)  # Eq. 9
+        elif selects:
+            m.kept = m.entropy >= tau  # Eq. 10
+    count = common.all_sum(torch.cat([m.kept for m in micros]).sum()).clamp(min=1)
+    for m in micros:
+        m.weights = {"objective": -m.kept.float() / count}
+
+
+# =============================================================================================== update
+EDGES = [-16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0, 4.0]  # of the histogram
+
+
+def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
+    """One optimizer step, and the paper's curves: rewards, their histogram (Figure 4), and by entropy (Figure 5)."""
+    log = run.update(micros, TERMS, functools.partial(terms, args=args), extras)
+    found = common.all_terms(micros)
+    kept = torch.cat([m.kept for m in micros]).float()
+    log |= common.token_means({"clipped": found["clipped"], "kept": kept})
+    if log.get("kept") == 0:
+        run.note("no token was kept: the gradient is zero")
+    if args.method == "sft":
+        del log["sampler_gap"]  # there the teacher samples
+    if args.method == "grpo":
+        return log
+    log_ratio = found["log_ratio"]
+    below = (log_ratio < lowest_reward(args.lam)).float()
+    log |= common.token_means({"log_ratio": log_ratio, "below_floor": below})
+    place = torch.bucketize(log_ratio, torch.tensor(EDGES, device=log_ratio.device))
+    shares = common.token_means({b: (place == b).float() for b in range(len(EDGES) + 1)})
+    log["log_ratio_histogram"] = [shares[b] for b in range(len(EDGES) + 1)]
+    deciles = common.quantile(found["entropy"], [i / 10 for i in range(1, 10)])
+    tenth = torch.bucketize(found["entropy"], deciles)  # 0: the surest tokens
+    means = [common.token_means({"size": log_ratio.abs()}, tenth == b) for b in range(10)]
+    log["log_ratio_by_entropy"] = [mean.get("size", 0.0) for mean in means]
+    return log
+
+
+def extras(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
+    """What terms needs besides logits."""
+    return [m.ids, m.old, m.log_q, m.advantage]
 
 
 # =============================================================================================== tools
@@ -370,169 +532,11 @@ class Turns:
         response.conversation = join(response.conversation, turn)
 
 
-# =============================================================================================== losses
-def lowest_reward(lam: float) -> float:
-    """Eq. 7: what log(lambda + (1 - lambda) q / p) / (1 - lambda), a bound of R, tends to for q -> 0. 0.3 -> -1.72."""
-    return math.log(lam) / (1 - lam)
-
-
-def reward_of(log_p: Tensor, log_q: Tensor, args: Args) -> Tensor:
-    """R^ of the sampled tokens, [n], from log-probs [n] of student and teacher (Eq. 2, 5; Remark 3.1)."""
-    reward = log_q - (log_p.detach() if args.stop_gradient else log_p)
-    return reward.clamp(min=lowest_reward(args.lam)) if args.floor else reward
-
-
-# per token; the objective is maximised
-TERMS = ("objective", "reward", "clipped", "log_p", "entropy")
-
-
-def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
-    """TERMS, [n] each. z [n, V] student; [y [n, V] teacher]; ids, old (or None), log_q and advantages [n]."""
-    *teacher, ids, old, log_q, advantage = tensors
-    p = z.log_softmax(-1)
-    log_p = common.gather(p, ids)
-    old = log_p.detach() if old is None else old
-    clipped = torch.zeros_like(log_p)
-    if args.method == "sft":
-        objective = log_p
-    elif args.method == "gkd":
-        objective = -common.kl(p, teacher[0].log_softmax(-1))
-    elif args.method == "gkd-top":
-        # KL(student || teacher)
-        objective = -topk_tail_divergence(z, teacher[0], TOP, "reverse_kl")
-    elif args.method == "skew":
-        q = teacher[0].log_softmax(-1)
-        mixture = torch.logaddexp(p + math.log(args.lam), q + math.log(1 - args.lam))
-        objective = -common.kl(p, mixture)
-    else:
-        gain = advantage if args.method == "grpo" else reward_of(log_p, log_q, args)
-        objective, clipped = common.clipped_surrogate(log_p, old, gain, args.clip, args.clip)
-    return objective, log_q - log_p.detach(), clipped.detach(), log_p, common.entropy(p.detach())
-
-
-# =============================================================================================== rollout
-def rollout(rows: list[dict], run: common.Run, args: Args) -> list[common.Sample]:
-    """The student answers this rank's questions, with tools if it has any; with sft the teacher does."""
-    samples = common.sample_responses(run.writer, rows, contexts(args), args)
-    if args.method == "grpo":
-        common.reward_answers(samples, args.group)
-    if args.calls:
-        for s in samples:  # the tools' images stand behind the question's own
-            seen = s.response.conversation
-            s.prompts["question"] = dataclasses.replace(seen, ids=s.prompts["question"].ids)
-        run.log(tool_use([s.response for s in samples]))
-    return samples
-
-
-def tool_use(responses: list) -> dict[str, float]:
-    """Answered calls a response, those of them that got an error, and the share that ended in a refused call."""
-    calls = [len(r.errors) for r in responses]
-    errors = [sum(r.errors) for r in responses]
-    refused = [r.refused for r in responses]
-    found = {"tool_calls": calls, "tool_errors": errors, "tool_refused": refused}
-    return common.mean_over_ranks(found)
-
-
-# =============================================================================================== score
-def policy(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-prob of the tokens ids, entropy), [n] each, from logits [n, V]."""
-    log_p = z.log_softmax(-1)
-    return common.gather(log_p, ids), common.entropy(log_p)
-
-
-def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[common.Micro]:
-    """The teacher reads every response once, and where a ratio or a mask needs it the policy that sampled does too.
-
-    Adds m.log_q [n], the teacher's log-prob of the token, m.old, and m.entropy [n] of the policy that sampled.
-    """
-
-    def remember(hidden, head):
-        return common.vocab_terms(policy, [(hidden, head)], [m.ids], run.vocab, args.loss_chunk)
-
-    images = run.processor.image_id is not None
-    micros = common.make_micros(samples, ["question"], run.processor, args.micro_tokens, images)
-    masked = args.method == "reopold" and (args.select or args.explore)
-    has_ratio = args.method in ("reopold", "grpo")
-    with torch.no_grad():
-        for m in micros:
-            m.log_q = torch.zeros_like(m.length)
-            if run.teacher is not None:
-                hidden = run.teacher(m.batch)
-                m.log_q = run.log_probs(hidden, run.head, m.ids)
-                m.teacher = [hidden] if args.method in FULL else []
-            if masked or has_ratio and args.updates > 1:
-                m.old, m.entropy = run.student(m.batch, remember)
-    return micros
-
-
-# =============================================================================================== weigh
-def explores(step: int, run: common.Run, args: Args) -> bool:
-    """Eq. 6: whether the step is one of the first phase. 10 steps, --switch 0.5 -> steps 1 to 5."""
-    return args.method == "reopold" and args.explore and (step - 1) / run.total < args.switch
-
-
-def weigh(micros: list[common.Micro], run: common.Run, args: Args):
-    """M of every token, m.kept [n], and its weight: 1 / the sum of M over the update on all ranks (Eq. 4)."""
-    exploring = explores(run.step, run, args)
-    if explores(run.total, run, args):
-        run.note(f"--switch {args.switch} lies behind the last step: the run only explores")
-    selects = args.method == "reopold" and args.select and not exploring
-    if selects:
-        (tau,) = common.quantile(torch.cat([m.entropy for m in micros]), [1 - args.beta])
-    for m in micros:
-        m.kept = torch.ones_like(m.length, dtype=torch.bool)
-        if exploring:
-            m.kept = m.log_q - m.old >= lowest_reward(args.lam)  # Eq. 9
-        elif selects:
-            m.kept = m.entropy >= tau  # Eq. 10
-    count = common.all_sum(torch.cat([m.kept for m in micros]).sum()).clamp(min=1)
-    for m in micros:
-        m.weights = {"objective": -m.kept.float() / count}
-
-
-# =============================================================================================== update
-EDGES = [-16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0, 4.0]  # of the histogram
-
-
-def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
-    """One optimizer step, and the paper's curves: rewards, their histogram (Figure 4), and by entropy (Figure 5)."""
-    log = run.update(micros, TERMS, lambda *z: terms(*z, args=args), inputs)
-    found = common.all_terms(micros)
-    kept = torch.cat([m.kept for m in micros]).float()
-    log |= common.token_means({"clipped": found["clipped"], "kept": kept})
-    if log.get("kept") == 0:
-        run.note("no token was kept: the gradient is zero")
-    if args.method == "sft":
-        del log["sampler_gap"]  # there the teacher samples
-    if args.method == "grpo":
-        return log
-    reward = found["reward"]
-    below = (reward < lowest_reward(args.lam)).float()
-    log |= common.token_means({"log_ratio": reward, "below_floor": below})
-    place = torch.bucketize(reward, torch.tensor(EDGES, device=reward.device))
-    shares = common.token_means({b: (place == b).float() for b in range(len(EDGES) + 1)})
-    log["log_ratio_histogram"] = [shares[b] for b in range(len(EDGES) + 1)]
-    deciles = common.quantile(found["entropy"], [i / 10 for i in range(1, 10)])
-    tenth = torch.bucketize(found["entropy"], deciles)  # 0: the surest tokens
-    means = [common.token_means({"size": reward.abs()}, tenth == b) for b in range(10)]
-    log["log_ratio_by_entropy"] = [mean.get("size", 0.0) for mean in means]
-    return log
-
-
-def inputs(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
-    """What terms needs besides logits."""
-    return [m.ids, m.old, m.log_q, m.advantage]
-
-
 # =============================================================================================== main
 def check(args: Args):
     """Refuse what this run could not use as it is meant."""
     if args.method == "grpo" and args.group < 2:
         raise common.UserError("GRPO compares a question's responses: set --group to at least 2")
-    if args.updates > 1 and args.method in FULL:
-        raise common.UserError(
-            f"--updates above 1 is not for --method {args.method}, which has no ratio"
-        )
     if args.method == "sft" and args.engine == "vllm":
         raise common.UserError("--method sft samples from the teacher: set --engine hf")
 

@@ -4,7 +4,8 @@ Paper: Yoon et al., "Decomposed On-Policy Distillation for Vision-Language Reaso
 Grounding", ICML 2026, arXiv:2606.00564.
 
     python vgs.py                                      a laptop: small real models on real handwriting
-    torchrun --nproc-per-node 8 vgs.py --preset 2b     one node: Qwen3-VL-2B from an 8B teacher
+    torchrun --nproc-per-node 8 vgs.py --preset teacher     one node: first the 8B teacher, by GRPO
+    torchrun --nproc-per-node 8 vgs.py --preset 2b     then Qwen3-VL-2B from it
     python -m tools.figures vgs                        the angles between the gradients (Figure 3)
 
 The student answers with the image. At every token of its answer there are four next-token distributions over the
@@ -25,16 +26,16 @@ vocabulary, all on the same sampled prefix:
 
     loss = eta * mean over responses of the mean over a response's tokens      Eq. 14, 18; eta: Eq. 15, 20
 
-The paper's VGS has lambda 0, VGS-LP lambda 0.01, Standard gamma 0 and lambda 0. --alpha below 1 mixes any of them with
-GRPO (Eq. 22); --alpha 0 is GRPO alone.
+Lambda is --lambda-lp: 0 in Eq. 13, 0.01 in the paper's tables, which is the default; the toy needs 0.3. Standard is
+--gamma 0 --lambda-lp 0. --alpha below 1 mixes any of them with GRPO (Eq. 22); --alpha 0 is GRPO alone.
 
 Where this differs from the paper, or fills in what it leaves open:
  1. No gradient flows through pL inside q* (the paper calls q* a target and does not say).
  2. Q0.7 and Q0.4 are taken over all response tokens of one update, on all ranks (the paper: "of the VDS distribution").
  3. Eq. 21 prints p(.|x) against q*, a distribution with the image; here it is p(.|I, x), as the text around it says.
  4. Eq. 24 puts a response's losses inside a sum over its tokens; adaptive reads them as the token's terms.
- 5. eta: the presets hold the paper's constants for gamma 2; for other settings the paper gives none, so give --eta or
-    --measure-eta. Eq. 22 has none. The toy leaves it at 1: AdamW undoes a constant, clipping apart.
+ 5. eta: the presets hold the paper's constants, of gamma 2 and --steer image; for other settings it gives none, so give
+    --eta or --measure-eta. Eq. 22 has none. The toy leaves it at 1: AdamW undoes a constant, clipping apart.
  6. The question alone is the same chat without the image (the paper does not describe it).
  7. The batch of 512 is read as 128 questions with 4 responses, and Table 3's 512 and 128 as questions (the paper does
     not say); the group size of Eq. 22 is not given either.
@@ -47,6 +48,7 @@ Where this differs from the paper, or fills in what it leaves open:
     which the paper uses.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +60,7 @@ from torch import Tensor
 import common
 
 # =============================================================================================== settings
-# Table 4
+# Table 4: of all presets of hub models; its AdamW is the default (common.py)
 HUB = dict(
     data="LMMs-Lab-Turtle/Vision-SR1-47K",
     teacher="runs/teacher/final",
@@ -70,7 +72,6 @@ HUB = dict(
     gradient_checkpointing=True,
     save_every=50,
 )
-# Table 3: 512 questions rolled out, 128 an update
 PRESETS = {
     "toy": dict(
         student="toy/student",
@@ -88,6 +89,7 @@ PRESETS = {
     ),
     "2b": HUB | dict(student="Qwen/Qwen3-VL-2B-Instruct", eta=0.41),
     "4b": HUB | dict(student="Qwen/Qwen3-VL-4B-Instruct", eta=0.36),
+    # Table 3: 512 questions rolled out, 128 an update
     "teacher": HUB
     | dict(
         student="Qwen/Qwen3-VL-8B-Instruct",
@@ -137,32 +139,30 @@ def without_image(row: dict) -> common.Context:
 
 def contexts(args: Args) -> dict:
     """What every response is read in, by name; the first is what it is sampled under."""
-    steered = args.alpha > 0 and max(args.gamma, args.lambda_lp) > 0
-    return {"image": with_image, "text": without_image} if steered else {"image": with_image}
+    both = args.alpha > 0 and max(args.gamma, args.lambda_lp) > 0
+    return {"image": with_image, "text": without_image} if both else {"image": with_image}
 
 
 # =============================================================================================== losses
-def visual_target(pL: Tensor, qI: Tensor, qL: Tensor) -> Tensor:
-    """log q* of Eq. 10 from log-probabilities [n, V]: the softmax divides by Z at every token. No gradient to pL."""
+def visual_target(log_pL: Tensor, log_qI: Tensor, log_qL: Tensor) -> Tensor:
+    """log q* of Eq. 10, [n, V]: the softmax divides by Z at every token. No gradient to pL."""
     # a token that both rule out stays ruled out
-    gain = (qI - qL).masked_fill(qI == -math.inf, -math.inf)
-    return (pL.detach() + gain).log_softmax(-1)
+    evidence = (log_qI - log_qL).masked_fill(log_qI == -math.inf, -math.inf)
+    return (log_pL.detach() + evidence).log_softmax(-1)
 
 
-def divergences(zI: Tensor, zL: Tensor, yI: Tensor, yL: Tensor) -> tuple[Tensor, ...]:
-    """(Std, Vis, Lang, VDS) per token, [n] each, from logits [n, V]: student zI, zL; teacher yI, yL."""
-    pI, pL, qI, qL = (z.log_softmax(-1) for z in (zI, zL, yI, yL))
-    q_star = visual_target(pL, qI, qL)
-    std = common.kl(pI, qI)  # Eq. 3
-    vis = common.kl(pI, q_star)  # Eq. 11
-    lang = common.kl(pL, qL)  # Eq. 6
-    vds = common.kl(qI, qL)  # Eq. 12
-    return std, vis, lang, vds
+def divergences(zI: Tensor, zL: Tensor, yI: Tensor, yL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Std, Vis, Lang) per token, [n] each, from logits [n, V]: student zI, zL; teacher yI, yL."""
+    log_pI, log_pL, log_qI, log_qL = (z.log_softmax(-1) for z in (zI, zL, yI, yL))
+    std = common.kl(log_pI, log_qI)  # Eq. 3
+    vis = common.kl(log_pI, visual_target(log_pL, log_qI, log_qL))  # Eq. 11
+    lang = common.kl(log_pL, log_qL)  # Eq. 6
+    return std, vis, lang
 
 
-def visual_dependency(yI: Tensor, yL: Tensor) -> tuple[Tensor]:
+def visual_dependency(yI: Tensor, yL: Tensor) -> Tensor:
     """VDS of Eq. 12, [n], from the teacher's logits [n, V] with the image and without."""
-    return (common.kl(yI.log_softmax(-1), yL.log_softmax(-1)),)
+    return common.kl(yI.log_softmax(-1), yL.log_softmax(-1))
 
 
 def steering(vds: Tensor, q40: Tensor, q70: Tensor, args: Args) -> dict[str, Tensor]:
@@ -180,22 +180,26 @@ def steering(vds: Tensor, q40: Tensor, q70: Tensor, args: Args) -> dict[str, Ten
     return {"std": one, "vis": preserved, "lang": args.gamma * one}  # Eq. 19, 21
 
 
-TERMS = ("std", "vis", "lang", "surrogate", "vds", "clipped", "log_p", "entropy")  # per token
+TERMS = ("std", "vis", "lang", "surrogate", "clipped", "log_p", "entropy")  # per token
 
 
 def terms(zI: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
-    """TERMS, [n] each. zI [n, V]; [zL; yI; yL [n, V]]; ids, log-probs when sampled (or None) and advantages [n]."""
+    """TERMS, [n] each, from the student's logits zI [n, V] and what follows them.
+
+    zL, yI, yL [n, V] (Standard: yI alone; GRPO: none); then [n] each: ids, log-probs when sampled (None: as now),
+    advantages.
+    """
     *others, ids, old, advantage = tensors
-    pI = zI.log_softmax(-1)
-    log_p = common.gather(pI, ids)
-    old = log_p.detach() if old is None else old
-    surrogate, clipped = common.clipped_surrogate(log_p, old, advantage, args.clip, args.clip)
-    std = vis = lang = vds = torch.zeros_like(advantage)
+    log_pI = zI.log_softmax(-1)
+    chosen = common.gather(log_pI, ids)
+    old = chosen.detach() if old is None else old
+    surrogate, clipped = common.clipped_surrogate(chosen, old, advantage, args.clip, args.clip)
+    std = vis = lang = torch.zeros_like(advantage)
     if len(others) == 3:
-        std, vis, lang, vds = divergences(zI, *others)
+        std, vis, lang = divergences(zI, *others)
     elif len(others) == 1:
-        std = common.kl(pI, others[0].log_softmax(-1))  # Eq. 3
-    return std, vis, lang, surrogate, vds, clipped, log_p, common.entropy(pI.detach())
+        std = common.kl(log_pI, others[0].log_softmax(-1))  # Eq. 3
+    return std, vis, lang, surrogate, clipped, chosen, common.entropy(log_pI.detach())
 
 
 # =============================================================================================== rollout
@@ -209,10 +213,13 @@ def rollout(rows: list[dict], run: common.Run, args: Args) -> list[common.Sample
 
 # =============================================================================================== score
 def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[common.Micro]:
-    """The teacher reads every sequence once, and with several updates the student too.
+    """The teacher reads every sequence once; where GRPO has several updates, so does the student.
 
-    Keeps hidden states, never logits, and m.vds [n]: the percentiles are needed before any update.
+    Keeps hidden states, never logits, and m.vds [n]: an update's percentiles are needed before its backward pass.
     """
+
+    def vds(*logits):
+        return (visual_dependency(*logits),)
 
     def log_probs(hidden, head):
         return run.log_probs(m.by_context(hidden)[0], head, m.ids)
@@ -225,9 +232,7 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
                 m.teacher = m.by_context(run.teacher(m.batch))
             if len(m.teacher) == 2:
                 pairs = [(hidden, run.head) for hidden in m.teacher]
-                m.vds = common.vocab_terms(
-                    visual_dependency, pairs, (), run.vocab, args.loss_chunk
-                )[0]
+                (m.vds,) = common.vocab_terms(vds, pairs, (), run.vocab, args.loss_chunk)
             # later updates need the policy that sampled, not their own
             if args.alpha < 1 and args.updates > 1:
                 m.old = run.student(m.batch, log_probs)
@@ -235,20 +240,24 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
 
 
 # =============================================================================================== weigh
+def has_eta(args: Args) -> bool:
+    """Eq. 15: where there is steering, and no GRPO (Eq. 22)."""
+    return args.alpha == 1 and args.gamma > 0
+
+
 def weigh(micros: list[common.Micro], run: common.Run, args: Args):
     """One weight per token and term: mean over a response's tokens, then over all responses of all ranks."""
-    lengths = torch.cat([m.length for m in micros])
-    responses = common.all_sum((1 / lengths).sum())  # T tokens of 1 / T: each response counts 1
-    steered = len(micros[0].teacher) == 2
-    if steered:
+    length = torch.cat([m.length for m in micros])
+    responses = common.all_sum((1 / length).sum())  # T tokens of 1 / T: each response counts 1
+    both = len(micros[0].teacher) == 2
+    if both:
         q40, q70 = common.quantile(torch.cat([m.vds for m in micros]), [0.4, 0.7])
-    # Eq. 15: 1 without steering
-    eta = run.own.get("eta", args.eta) if args.alpha == 1 and args.gamma else 1.0
+    eta = run.own.get("eta", args.eta) if has_eta(args) else 1.0
     for m in micros:
         mean = 1 / (m.length * responses)  # [n]
         # Eq. 22 maximises the surrogate.
         m.weights = {"std": args.alpha * mean, "surrogate": -(1 - args.alpha) * mean}
-        if steered:
+        if both:
             coefficients = steering(m.vds, q40, q70, args)
             m.weights |= {name: args.alpha * eta * c * mean for name, c in coefficients.items()}
 
@@ -256,23 +265,25 @@ def weigh(micros: list[common.Micro], run: common.Run, args: Args):
 # =============================================================================================== update
 def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
     """One optimizer step, and the paper's curves: Std, Vis, Lang as the loss averages them, and by VDS decile."""
-    log = run.update(micros, TERMS, lambda *z: terms(*z, args=args), inputs)
+    log = run.update(micros, TERMS, functools.partial(terms, args=args), extras)
     found = common.all_terms(micros)
+    if args.alpha < 1:
+        log |= common.token_means({"clipped": found["clipped"]})
+    # by what the teacher has read: nothing, the image's context alone, or both
+    names = [(), ("std",), ("std", "vis", "lang")][len(micros[0].teacher)]
+    divergences = {name: found[name] for name in names}
     length = torch.cat([m.length for m in micros])
-    read = len(micros[0].teacher)
-    if read == 0:
-        return log
-    known = {name: found[name] for name in (("std", "vis", "lang") if read == 2 else ("std",))}
-    log |= common.token_means(known, 1 / length)
-    if read == 2:
-        deciles = common.quantile(found["vds"], [i / 10 for i in range(1, 10)])
-        tenth = torch.bucketize(found["vds"], deciles)  # 0: the least visual tokens
-        means = [common.token_means(known, tenth == b) for b in range(10)]
-        log |= {f"{name}_by_vds": [mean.get(name, 0.0) for mean in means] for name in known}
+    log |= common.token_means(divergences, 1 / length)
+    if len(names) == 3:
+        vds = torch.cat([m.vds for m in micros])
+        deciles = common.quantile(vds, [i / 10 for i in range(1, 10)])
+        tenth = torch.bucketize(vds, deciles)  # 0: the least visual tokens
+        means = [common.token_means(divergences, tenth == b) for b in range(10)]
+        log |= {f"{name}_by_vds": [mean.get(name, 0.0) for mean in means] for name in names}
     return log
 
 
-def inputs(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
+def extras(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
     """What terms needs besides logits."""
     return [m.ids, m.old, m.advantage]
 
@@ -280,12 +291,12 @@ def inputs(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
 def measure_eta(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
     """Eq. 15 (Eq. 20 for language): |g_Std| / |g_Std + gamma g_Vis|. The preserving term is not part of it."""
     weigh(micros, run, args)
-    steered = "lang" if args.steer == "language" else "vis"
+    steering_term = "lang" if args.steer == "language" else "vis"
     whole, norms = [m.weights for m in micros], []
-    for kept in (("std",), ("std", steered)):
+    for kept in (("std",), ("std", steering_term)):
         for m, weights in zip(micros, whole):
             m.weights = {name: weights[name] for name in kept}
-        run.backward(micros, TERMS, lambda *z: terms(*z, args=args), inputs)
+        run.backward(micros, TERMS, functools.partial(terms, args=args), extras)
         norms.append(common.grad_norm(run.student).item())
         run.student.zero_grad()
     # Where it is not finite the update will say what is not.
@@ -299,9 +310,10 @@ def check(args: Args):
     """Refuse what this run could not use as it is meant."""
     if args.alpha < 1 and args.group < 2:
         raise common.UserError("GRPO compares a question's responses: set --group to at least 2")
-    if args.eta == PRESETS[args.preset].get("eta") and args.gamma != 2 and not args.measure_eta:
+    of_preset = args.eta == PRESETS[args.preset].get("eta") and not args.measure_eta
+    if has_eta(args) and of_preset and (args.gamma != 2 or args.steer != "image"):
         raise common.UserError(
-            f"the preset's eta {args.eta} holds for gamma 2; give --eta, or --measure-eta 10"
+            f"the preset's eta {args.eta} holds for --gamma 2 --steer image: give another --eta, or --measure-eta 10"
         )
     if args.alpha and args.teacher == HUB["teacher"] and not Path(args.teacher).exists():
         raise common.UserError(
@@ -312,7 +324,8 @@ def check(args: Args):
 
 def load(run: common.Run, args: Args):
     """Training rows and held-out rows, all checked; then the models."""
-    processor, teacher = common.Processor(args.student), args.teacher if args.alpha else None
+    processor = common.Processor(args.student)
+    teacher = args.teacher if args.alpha else None
     if teacher is not None:
         common.check_same_inputs(processor, common.Processor(teacher))
     names = "problem images answer" if args.alpha < 1 else "problem images"
@@ -335,7 +348,7 @@ def main():
         parts = [score(part, run, args) for part in common.split(samples, args.updates)]
         run.phase("score")
         for micros in parts:
-            if args.measure_eta and (step - 1) % args.measure_eta == 0:
+            if args.measure_eta and has_eta(args) and (step - 1) % args.measure_eta == 0:
                 run.log(measure_eta(micros, run, args))
             weigh(micros, run, args)
             run.log(update(micros, run, args))

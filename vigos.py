@@ -45,6 +45,7 @@ Where this differs from the paper, or from the code released with it:
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -363,7 +364,7 @@ def weigh(micros: list[common.Micro], run: common.Run, args: Args):
 # =============================================================================================== update
 def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
     """One optimizer step; the three losses, each as the mean of its own tokens, and how many the clip cut."""
-    log = run.update(micros, TERMS, lambda *z: terms(*z, args=args), inputs)
+    log = run.update(micros, TERMS, functools.partial(terms, args=args), extras)
     found = common.all_terms(micros)
     for name in TEACHERS:
         mask = torch.cat([getattr(m, name) for m in micros])
@@ -375,7 +376,7 @@ def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
     return log
 
 
-def inputs(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
+def extras(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
     """What terms needs besides logits."""
     return [m.ids]
 

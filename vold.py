@@ -215,14 +215,14 @@ def terms(
     """TERMS, [n] each. z [n, V]: the student's logits. [n]: the tokens, their log-probs when sampled (None: as now),
     the teacher's log-probs (None: no teacher), and the advantages.
     """
-    p = z.log_softmax(-1)
-    log_p = common.gather(p, ids)
-    old = log_p.detach() if old is None else old
+    log_p = z.log_softmax(-1)
+    chosen = common.gather(log_p, ids)
+    old = chosen.detach() if old is None else old
     low, high = args.clip_low, args.clip_high
-    surrogate, clipped = common.clipped_surrogate(log_p, old, advantage, low, high)  # Eq. 2
-    log_q = log_p.detach() if log_q is None else log_q
-    divergence = distance(log_p, log_q, args.estimator)  # Eq. 3
-    return surrogate, divergence, log_p - log_q, clipped, log_p, common.entropy(p.detach())
+    surrogate, clipped = common.clipped_surrogate(chosen, old, advantage, low, high)  # Eq. 2
+    log_q = chosen.detach() if log_q is None else log_q
+    divergence = distance(chosen, log_q, args.estimator)  # Eq. 3
+    return surrogate, divergence, chosen - log_q, clipped, chosen, common.entropy(log_p.detach())
 
 
 # =============================================================================================== rollout
@@ -367,16 +367,16 @@ def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
 
 
 def objective(run: common.Run, args: Args) -> tuple:
-    """What Run.update and Run.backward take: TERMS, terms, and inputs(m, hidden, head)."""
+    """What Run.update and Run.backward take: TERMS, terms, and extras(m, hidden, head)."""
 
-    def inputs(m, hidden, head):
+    def extras(m, hidden, head):
         old = m.old
         if args.ratio == "sequence" and old is not None:  # needs all tokens before any gradient
             now = run.log_probs(hidden, head, m.ids)
             old = common.sequence_old(now, old, 1.0, m.response)
         return [m.ids, old, m.log_q, m.advantage]
 
-    return TERMS, functools.partial(terms, args=args), inputs
+    return TERMS, functools.partial(terms, args=args), extras
 
 
 def measure_share(micros: list[common.Micro], run: common.Run, args: Args) -> dict:

@@ -1,6 +1,7 @@
 """Reopold's part of gradients.py."""
 
 import dataclasses
+import functools
 
 from gradients import fixed_samples, mine, result, stale, start
 
@@ -45,6 +46,6 @@ def gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
     for m in micros:
         m.old = stale(m.old, m.ids) if args.updates > 1 and m.old is not None else m.old
     reopold.weigh(micros, run, args)
-    run.backward(micros, reopold.TERMS, lambda *z: reopold.terms(*z, args=args), reopold.inputs)
+    run.backward(micros, reopold.TERMS, functools.partial(reopold.terms, args=args), reopold.extras)
     kept = common.all_sum(sum(m.kept.sum() for m in micros))
     return result(run) | {"kept": kept.item()}

@@ -1,5 +1,7 @@
 """VGS's part of gradients.py."""
 
+import functools
+
 from gradients import fixed_samples, mine, result, stale, start
 
 import vgs
@@ -18,8 +20,8 @@ def gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
     micros = vgs.score(mine(samples_of(processor, rows), shares), run, args)
     for m in micros:
         m.old = stale(m.old, m.ids) if args.updates > 1 else None
-    eta = vgs.measure_eta(micros, run, args)["eta"] if args.alpha == 1 and args.gamma else None
+    eta = vgs.measure_eta(micros, run, args)["eta"] if vgs.has_eta(args) else None
     run.own = {}
     vgs.weigh(micros, run, args)
-    run.backward(micros, vgs.TERMS, lambda *z: vgs.terms(*z, args=args), vgs.inputs)
+    run.backward(micros, vgs.TERMS, functools.partial(vgs.terms, args=args), vgs.extras)
     return result(run) | {"eta": eta}

@@ -131,7 +131,7 @@ faults(
     {
         "contexts": "flip 2, and 1",
         "visual_target": "add 1, subtract 1, drop detach 1",
-        "divergences": "swap kl 1, swap kl 2, swap kl 3, swap kl 4",
+        "divergences": "swap kl 1, swap kl 2, swap kl 3",
         "visual_dependency": "swap kl 1",
         "steering": "flip 1, flip 2, flip 3, flip 4, divide 1, multiply 1, add 1",
         "terms": "flip 1, swap kl 1, swap clipped_surrogate 1",
@@ -195,7 +195,7 @@ faults(
 )
 faults(
     "common.py",
-    "test_common.py test_rollouts.py test_vgs_exact.py test_distributed.py",
+    "test_common.py test_rollouts.py test_vgs_exact.py test_ptdpo_exact.py test_distributed.py",
     {
         "kl": "subtract 1, multiply 1, drop masked_fill 1",
         "entropy": "minus 1, drop exp 1",

@@ -102,6 +102,28 @@ def test_vocab_loss_needs_a_quarter_of_the_naive_memory():
         assert results["chunked"][key] == pytest.approx(results["naive"][key], rel=1e-5), results
 
 
+def test_advantages_of_equal_rewards_are_exactly_zero():
+    """The mean of some of them is not the reward itself in float32."""
+    for group in range(2, 17):
+        for reward in (0.1, 0.9, 1 / 3, 1.0):
+            rewards = torch.full((2 * group,), reward)
+            assert not common.group_advantages(rewards, group).any(), (group, reward)
+    found = common.group_advantages(torch.tensor([1.0, 0, 0, 1]), 4)
+    torch.testing.assert_close(
+        found, torch.tensor([0.866, -0.866, -0.866, 0.866]), rtol=0, atol=1e-3
+    )
+
+
+def test_what_the_clip_cuts():
+    """At 0.8 .. 1.3: only what would go on in the direction that it has gone too far in."""
+    ratio = torch.tensor([0.5, 0.5, 1.0, 1.0, 1.5, 1.5, 1.5])
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 0.0])
+    found, cut = common.clipped_surrogate(ratio.log(), torch.zeros(7), advantages, 0.2, 0.3)
+    expected = torch.tensor([0.5, -0.8, 1.0, -1.0, 1.3, -1.5, 0.0])
+    torch.testing.assert_close(found, expected)
+    assert cut.tolist() == [0, 1, 0, 0, 1, 0, 0]
+
+
 def test_quantile_is_torchs():
     x, q = torch.randn(101), [0.0, 0.1, 0.4, 0.7, 0.999, 1.0]
     torch.testing.assert_close(common.quantile(x, q), x.quantile(torch.tensor(q)))

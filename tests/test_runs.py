@@ -244,7 +244,8 @@ class Hide(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Hide())
 import torch, ptdpo, reopold, vgs, vigos, vold
 z = [torch.randn(5, 11) for _ in range(4)]
-std, vis, lang, vds = vgs.divergences(*z)
+std, vis, lang = vgs.divergences(*z)
+vds = vgs.visual_dependency(*z[2:])
 weights = vgs.steering(vds, vds.quantile(0.4), vds.quantile(0.7), vgs.Args())
 assert std.shape == weights["lang"].shape == (5,)
 print("ok")

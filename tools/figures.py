@@ -7,6 +7,7 @@ The method's own flags follow the first word; its --group is the responses a que
 to angles.json or contexts.json in the run folder.
 """
 
+import functools
 import json
 import math
 import sys
@@ -37,10 +38,7 @@ def gradient_of(term, micros, tenths, b, run, args) -> list[Tensor]:
     for m, tenth in zip(micros, tenths):
         m.weights = {term: (tenth == b).float()}
 
-    def terms(*tensors):
-        return vgs.terms(*tensors, args=args)
-
-    run.backward(micros, vgs.TERMS, terms, vgs.inputs)
+    run.backward(micros, vgs.TERMS, functools.partial(vgs.terms, args=args), vgs.extras)
     kept = []
     for p in run.student.parameters():
         if p.grad is None:
