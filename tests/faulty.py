@@ -129,11 +129,12 @@ def watch(update):
     """Count the updates; of one that is refused, write what it leaves."""
 
     def watched(run, micros, *args):
-        before = [local(p).clone() for p in run.student.parameters()]
+        # whole ones: FSDP2 leaves some so after a pass without a backward one
+        before = [common.full_tensor(p).clone() for p in run.student.parameters()]
         try:
             log = update(run, micros, *args)
         except common.UserError:
-            now = [local(p) for p in run.student.parameters()]
+            now = [common.full_tensor(p) for p in run.student.parameters()]
             moved = any(not torch.equal(a, b) for a, b in zip(before, now))
             rows = sorted({s.row["index"] for m in micros for s in m.samples})
             found = {"moved": moved, "updates": state["updates"], "rows": rows}
