@@ -1419,13 +1419,14 @@ class Run:
             (loss * world_size()).backward()
         return total
 
-    def log_probs(self, hidden, head, ids) -> Tensor:
-        """Log-probs [N] of the tokens ids [N], without gradient."""
+    def log_probs(self, m, hidden, head) -> Tensor:
+        """Log-probs [n] of the tokens of m, by the hidden states of its first context, without gradient."""
 
         def chosen(z, ids):
             return (gather(z.log_softmax(-1), ids),)
 
-        return vocab_terms(chosen, [(hidden, head)], [ids], self.vocab, self.args.loss_chunk)[0]
+        pair = (m.by_context(hidden)[0], head)
+        return vocab_terms(chosen, [pair], [m.ids], self.vocab, self.args.loss_chunk)[0]
 
     def stop_not_finite(self, micros):
         """Name the rank, the quantity and the row, and stop. Every rank calls it."""

@@ -327,9 +327,6 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
     else 0), m.failing (1 in a group below tau) and m.reference (the frozen model's log-prob; None: no KL), [n] each.
     """
 
-    def log_probs(hidden, head):
-        return run.log_probs(hidden, head, m.ids)
-
     limit = args.micro_tokens
     in_f = [s for s in samples if s.tutored]
     others = [s for s in samples if not s.tutored]
@@ -343,9 +340,9 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
             m.failing = m.spread([s.failing for s in m.samples] or [False])
             m.reference = None
             if OPTIMIZERS[args.optimizer].kl:
-                m.reference = log_probs(run.teacher(m.batch), run.head)
+                m.reference = run.log_probs(m, run.teacher(m.batch), run.head)
             if args.updates > 1:  # later updates need the policy that sampled, not their own
-                m.old = run.student(m.batch, log_probs)
+                m.old = run.student(m.batch, functools.partial(run.log_probs, m))
     return in_f + others
 
 
@@ -407,7 +404,7 @@ def old_log_probs(
     """Log-probs [n] when sampled; for gspo those that give every token its response's ratio (Table 4)."""
     if m.old is None or args.optimizer != "gspo":
         return m.old
-    now = run.log_probs(hidden, head, m.ids)  # a ratio needs all its tokens before any gradient
+    now = run.log_probs(m, hidden, head)  # a ratio needs all its tokens before any gradient
     return common.sequence_old(now, m.old, m.length, m.response)
 
 

@@ -286,7 +286,7 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
     Adds m.log_q [n], the teacher's log-prob of the token, m.old, and m.entropy [n] of the policy that sampled.
     """
 
-    def as_sampled(hidden, head):
+    def as_sampled(m, hidden, head):
         read, pair = log_prob_and_entropy, (hidden, head)
         return common.vocab_terms(read, [pair], [m.ids], run.vocab, args.loss_chunk)
 
@@ -299,11 +299,11 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
             m.log_q = torch.zeros_like(m.length)
             if run.teacher is not None:
                 hidden = run.teacher(m.batch)
-                m.log_q = run.log_probs(hidden, run.head, m.ids)
+                m.log_q = run.log_probs(m, hidden, run.head)
                 if args.method in FULL:
                     m.teacher = [hidden]
             if has_mask or has_ratio:
-                m.old, m.entropy = run.student(m.batch, as_sampled)
+                m.old, m.entropy = run.student(m.batch, functools.partial(as_sampled, m))
     return micros
 
 

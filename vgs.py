@@ -221,9 +221,6 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
     def vds(*logits):
         return (visual_dependency(*logits),)
 
-    def log_probs(hidden, head):
-        return run.log_probs(m.by_context(hidden)[0], head, m.ids)
-
     micros = common.make_micros(samples, list(contexts(args)), run.processor, args.micro_tokens)
     with torch.no_grad():
         for m in micros:
@@ -235,7 +232,7 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
                 (m.vds,) = common.vocab_terms(vds, pairs, (), run.vocab, args.loss_chunk)
             # later updates need the policy that sampled, not their own
             if args.alpha < 1 and args.updates > 1:
-                m.old = run.student(m.batch, log_probs)
+                m.old = run.student(m.batch, functools.partial(run.log_probs, m))
     return micros
 
 
@@ -342,13 +339,13 @@ def main():
     check(args)
     run = common.Run("vgs", args)
     train, held_out = load(run, args)
-    for step in run.steps(train, held_out, with_image):
+    for _ in run.steps(train, held_out, with_image):
         samples = rollout(run.draw(), run, args)
         run.log_samples(samples)
         parts = [score(part, run, args) for part in common.split(samples, args.updates)]
         run.phase("score")
         for micros in parts:
-            if args.measure_eta and has_eta(args) and (step - 1) % args.measure_eta == 0:
+            if args.measure_eta and has_eta(args) and (run.step - 1) % args.measure_eta == 0:
                 run.log(measure_eta(micros, run, args))
             weigh(micros, run, args)
             run.log(update(micros, run, args))

@@ -245,9 +245,6 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
     is 0. The right responses are read for the log alone: kl_right.
     """
 
-    def log_probs(hidden, head):
-        return run.log_probs(hidden, head, m.ids)
-
     limit = args.micro_tokens
     micros = common.make_micros(samples, ["question"], run.processor, limit, images=False)
     with torch.no_grad():
@@ -259,7 +256,7 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
             if run.teacher is not None:
                 m.known, m.log_q = teacher_log_probs(m.samples, run, args)
             if args.updates > 1:  # later updates need the policy that sampled, not their own
-                m.old = run.student(m.batch, log_probs)
+                m.old = run.student(m.batch, functools.partial(run.log_probs, m))
     return micros
 
 
@@ -372,7 +369,7 @@ def objective(run: common.Run, args: Args) -> tuple:
     def extras(m, hidden, head):
         old = m.old
         if args.ratio == "sequence" and old is not None:  # needs all tokens before any gradient
-            now = run.log_probs(hidden, head, m.ids)
+            now = run.log_probs(m, hidden, head)
             old = common.sequence_old(now, old, 1.0, m.response)
         return [m.ids, old, m.log_q, m.advantage]
 
@@ -588,14 +585,14 @@ def main():
         return cold_start(args, of_sft)
     run = common.Run("vold", of_rl)
     train, held_out = load(run, args, of_sft)
-    for step in run.steps(train, held_out, functools.partial(with_image, args=args)):
+    for _ in run.steps(train, held_out, functools.partial(with_image, args=args)):
         samples = rollout(run.draw(), run, args)
         run.log_samples(samples)
         parts = [score(part, run, args) for part in common.split(samples, args.updates)]
         run.phase("score")
         for micros in parts:
             weigh(micros, run, args)
-            if args.measure_share and (step - 1) % args.measure_share == 0:
+            if args.measure_share and (run.step - 1) % args.measure_share == 0:
                 run.log(measure_share(micros, run, args))
             run.log(update(micros, run, args))
 

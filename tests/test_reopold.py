@@ -199,7 +199,7 @@ def test_the_policy_reads_only_where_a_mask_or_a_ratio_needs_it(tiny, tiny_rows,
     args = reopold.Args(**settings, micro_tokens=500)
     passes = []
     run = SimpleNamespace(processor=processor, head=None, teacher=lambda batch: "hidden")
-    run.log_probs = lambda hidden, head, ids: torch.full(ids.shape, -2.0)
+    run.log_probs = lambda m, hidden, head: torch.full(m.ids.shape, -2.0)
     run.student = lambda batch, fn: passes.append(batch) or ("log-probs", "entropies")
     micros = reopold.score(samples_of(processor, tiny_rows, {}), run, args)
     assert len(micros) > 1 and len(passes) == (len(micros) if reads else 0)

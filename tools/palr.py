@@ -24,6 +24,7 @@ of --column-wrong, or else the student's own, then other questions' answers. Sum
 """
 
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -133,14 +134,10 @@ def read(name: str, samples: list[common.Sample], run: common.Run, args: Args):
             s.prompts = {name: run.processor.encode(view)}
             having.append(s)
     for m in common.make_micros(having, [name], run.processor, args.micro_tokens):
-
-        def log_probs(hidden, head, ids=m.ids):
-            return run.log_probs(hidden, head, ids)
-
         if name == "student":
-            found = run.student(m.batch, log_probs)
+            found = run.student(m.batch, functools.partial(run.log_probs, m))
         else:
-            found = log_probs(run.teacher(m.batch), run.head)
+            found = run.log_probs(m, run.teacher(m.batch), run.head)
         for s, values in zip(m.samples, found.split(m.lengths)):
             s.read[name] = values
 
