@@ -303,7 +303,7 @@ def load_data(name, split):
     import datasets
 
     if not name:
-        raise UserError("there is no training data: name it with --data")
+        raise UserError("there is no training data: name it with --data (traces of vold.py: --trace-data)")
     path = Path(locate(name))
     try:
         if path.is_file():
@@ -356,7 +356,7 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
         if theirs not in data.column_names:
             raise UserError(
                 f"data set {name!r} has no column {theirs!r}; it has: {', '.join(data.column_names)}. Say which one "
-                f"holds the {ours} with --column-{ours} NAME"
+                f"holds the {ours} with --column-{ours} NAME (text alone, in vold.py: --column-text, --trace-column)"
             )
     data = data.select_columns(sorted(set(columns.values()))).add_column("index", range(len(data)))
     pick = args.eval_rows if held_out else pick
@@ -1376,7 +1376,8 @@ class Run:
     def update(self, micros, names, terms, extras) -> dict[str, float]:
         """One optimizer step on the sum over micro-batches, terms and tokens of weight * term; what to log of it.
 
-        See backward. Where the loss or the gradient is not finite, every rank stops before a weight moves.
+        See backward; two of the names are log_p, of the tokens, and entropy. Where the loss or the gradient is not
+        finite, every rank stops before a weight moves.
         """
         loss = all_sum(self.backward(micros, names, terms, extras))
         norm, lr = grad_norm(self.student), self.schedule.get_last_lr()[0]

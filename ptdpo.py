@@ -326,7 +326,6 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
     F has micro-batches of its own, on all ranks equally many. Keeps hidden states, never logits; and m.in_f (1 in F,
     else 0), m.failing (1 in a group below tau) and m.reference (the frozen model's log-prob; None: no KL), [n] each.
     """
-
     limit = args.micro_tokens
     in_f = [s for s in samples if s.tutored]
     others = [s for s in samples if not s.tutored]

@@ -561,9 +561,8 @@ def load_rows(args: Args, processor, answers: bool, held_out: bool = False):
 
 def load(run: common.Run, args: Args):
     """Training rows and held-out rows, all checked; then the models, and who samples."""
-    processor, teacher = common.Processor(args.student), args.teacher
-    if args.method == "grpo":
-        teacher = None
+    processor = common.Processor(args.student)
+    teacher = None if args.method == "grpo" else args.teacher
     if teacher is not None:
         reader = common.Processor(teacher)
         common.check_same_inputs(processor, reader)

@@ -23,22 +23,25 @@ command with the same --output goes on with the stage that is not finished. The 
 
 Where this differs from the paper, or fills in what it leaves open:
  1. Eq. 3 is called the reverse KL and printed as KL(pi_phi || pi_theta). The gradient of k2, over the student's own
-    samples, is that of KL(pi_theta || pi_phi): the reverse one, student first. That is what is here.
+    samples at given prefixes, is that of KL(pi_theta || pi_phi): the reverse one, student first. That is what is here.
+    It is so with --mask none; in Eq. 6 r depends on the sampled token as well, and what is left is no KL's gradient.
  2. beta is 1e-3 in the paper's Table 4 and 0.1 in its text. The presets take 1e-3; --beta 0.1 is the other.
     --measure-share shows what each does to the gradient; the toy takes 0.1.
  3. Both means are over all response tokens of an update. Eq. 2 has the ratio of a whole response (--ratio sequence),
-    and Eq. 5 sums the divergence over a response's tokens (--kl-tokens sum; beta then counts for more by the length of
-    a response).
+    and Eq. 5 sums the divergence over a response's tokens (--kl-tokens sum): the two together are the paper's letter.
+    One alone makes its part count for more by the length of a response. Eq. 1 averages the entropy within a response
+    first; the one that is logged is over all tokens.
  4. The mask of Eq. 6 multiplies: masked tokens still count in the mean, so distillation fades as the student improves.
- 5. The batch of 256 is read as questions, with 5 answers each. k2 carries no rho: with one update a rollout batch it
-    needs none.
+ 5. The batch of 256 is read as questions, with 5 answers each. With one update a rollout batch, as in every preset, rho
+    is 1 and nothing is clipped; k2 carries no rho.
  6. Eq. 4 sums over tokens; sft averages over all tokens of an update.
  7. Traces and rollouts are sampled at temperature 1 (not given). Traces that reach --max-response are dropped, wrong
     ones are kept.
  8. A tag that the teacher's tokenizer holds as one token and the student's does not (<think>, in Qwen3 against Qwen2.5)
     is read by the teacher as its one token, and its pieces carry no distillation. Any other difference of the
     tokenizers is refused.
- 9. The wording of the instruction is ours. An answer is right as in common.is_correct; the paper: an exact match.
+ 9. The wording of the instruction is ours. An answer is found and right as in common.extract_answer and is_correct; in
+    the paper by an exact match.
 10. Questions above --max-prompt tokens are left out; the 8192 are a response's tokens. An answer that was cut off is
     wrong, and distilled. Images in --data and --trace-data are not looked at. The merger is frozen with the tower.
     Advantages over the unbiased standard deviation; gradients clipped at norm 1; weight decay spares norms and biases;
@@ -85,7 +88,7 @@ HUB = dict(
     micro_tokens=16384,
     gradient_checkpointing=True,
     save_every=20,
-)  # Table 4
+)  # Table 4; its sft_*, beta and clip are the defaults of Args
 PRESETS = {
     "toy": dict(
         student="toy/student",
@@ -127,8 +130,10 @@ RANGES = {
 
 @dataclass
 class Args(common.Args):
-    freeze_vision: bool = True  # training sees no images
-    stage: Literal["all", "traces", "sft", "rl"] = "all"  # the three stages in turn, or one of them
+    freeze_vision: bool = True  # as in the paper; training sees no images anyway
+    stage: Literal["all", "traces", "sft", "rl"] = (
+        "all"  # the three in turn, or one; rl alone begins as --student is
+    )
     instruction: str = "Reason step by step, and put the final answer in \\boxed{}."  # system text
     # column of --data with the text question; --column-problem is of --eval-data
     column_text: str = "problem"
@@ -141,9 +146,10 @@ class Args(common.Args):
     sft_steps: int = 4000  # updates of sft
     sft_lr: float = 5e-5  # learning rate of sft
     sft_warmup: int = 150  # updates of sft with a linearly rising learning rate
+    sft_save_every: int = 500  # updates between checkpoints of sft, as --save-every is for rl
     beta: float = 1e-3  # weight of the distillation (Eq. 5, 6); 0 = GRPO alone
     beta_decay: float = 0.0  # beta falls by this much a step (KDRL: 5e-5)
-    beta_min: float = 0.0  # but not below this (KDRL: 1e-3)
+    beta_min: float = 0.0  # but not below this (KDRL: 1e-3), which raises a smaller --beta
     # distil wrong responses (Eq. 6), all (Eq. 5), or groups without a right one (KDRL)
     mask: Literal["response", "none", "group"] = "response"
     # of the divergence at a sampled token; k1 has no gradient in expectation
@@ -221,8 +227,8 @@ def terms(
     low, high = args.clip_low, args.clip_high
     surrogate, clipped = common.clipped_surrogate(chosen, old, advantage, low, high)  # Eq. 2
     log_q = chosen.detach() if log_q is None else log_q
-    divergence = distance(chosen, log_q, args.estimator)  # Eq. 3
-    return surrogate, divergence, chosen - log_q, clipped, chosen, common.entropy(log_p.detach())
+    k = distance(chosen, log_q, args.estimator)  # Eq. 3
+    return surrogate, k, chosen - log_q, clipped, chosen, common.entropy(log_p.detach())
 
 
 # =============================================================================================== rollout
@@ -242,9 +248,8 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
     """The teacher reads every response once, and with several updates the student too.
 
     Of the teacher's distributions only m.log_q [n] is kept: the log-prob of the sampled token, or 0 where m.known [n]
-    is 0. The right responses are read for the log alone: kl_right.
+    is 0. With the mask of Eq. 6 right responses are read for the log alone: kl_right.
     """
-
     limit = args.micro_tokens
     micros = common.make_micros(samples, ["question"], run.processor, limit, images=False)
     with torch.no_grad():
@@ -263,7 +268,10 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
 def teacher_log_probs(
     samples: list[common.Sample], run: common.Run, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """(1 where the teacher has the token [n], its log-prob of it or 0 [n]), in the order of the samples' tokens."""
+    """(1 where the teacher has the token [n], its log-prob of it or 0 [n]), in the order of the samples' tokens.
+
+    Without gradient: sg(pi_phi) of Eq. 3.
+    """
 
     def sampled(y, ids):
         return (common.gather(y.log_softmax(-1), ids),)
@@ -336,7 +344,7 @@ def weigh(micros: list[common.Micro], run: common.Run, args: Args):
     length = torch.cat([m.length for m in micros])
     tokens = common.all_sum(torch.ones_like(length).sum())
     responses = common.all_sum((1 / length).sum())  # T tokens of 1 / T: each response counts 1
-    # The gradient of a response's ratio is a sum over its tokens.
+    # The gradient of a response's ratio is a sum over its tokens; the logged loss then has the ratio once a token.
     policy = tokens if args.ratio == "token" else responses  # Eq. 2
     distillation = tokens if args.kl_tokens == "mean" else responses
     for m in micros:
@@ -349,7 +357,7 @@ def weigh(micros: list[common.Micro], run: common.Run, args: Args):
 
 # =============================================================================================== update
 def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
-    """One optimizer step, and the estimate of KL(student || teacher) apart for right and wrong responses."""
+    """One optimizer step, and the mean of log pi_theta - log pi_phi apart for right and wrong responses."""
     log = run.update(micros, *objective(run, args))
     found = common.all_terms(micros)
     for name in ("correct", "distilled", "known"):
@@ -397,8 +405,8 @@ def measure_share(micros: list[common.Micro], run: common.Run, args: Args) -> di
 
 # =============================================================================================== traces, sft
 TRACES = """teacher trace_data trace_split trace_column trace_rows instruction
-max_response temperature top_p top_k seed""".split()  # what the traces depend on
-SFT = """student sft_batch sft_steps sft_lr sft_warmup schedule weight_decay grad_clip dtype lora""".split()
+max_prompt max_response temperature top_p top_k seed""".split()  # what the traces depend on
+SFT = """student traces sft_batch sft_steps sft_lr sft_warmup schedule weight_decay grad_clip dtype lora""".split()
 
 
 def check_same(file: Path, names: list[str], args: Args):
@@ -413,7 +421,10 @@ def check_same(file: Path, names: list[str], args: Args):
 
 
 def stages(args: Args) -> tuple[Args, Args]:
-    """The settings of the runs of sft and rl, each with its folder in --output. rl goes on with the weights of sft."""
+    """The settings of the runs of sft and rl, each with its folder in --output. rl goes on with the weights of sft.
+
+    Joins the ranks, which share one --output; stops where batches cannot be shared out.
+    """
     common.start_ranks(args)
     ranks = common.world_size()
     uneven = args.sft_batch % ranks or args.prompts % (ranks * args.updates)
@@ -432,6 +443,7 @@ def stages(args: Args) -> tuple[Args, Args]:
         max_steps=args.sft_steps,
         lr=args.sft_lr,
         warmup=args.sft_warmup,
+        save_every=args.sft_save_every,
         group=1,
         updates=1,
     )
@@ -542,7 +554,7 @@ def sft(traces: list[dict], args: Args):
         weigh_imitation(micros)
         log = run.update(micros, *objective(run, args))
         del log["sampler_gap"]  # the student has sampled nothing
-        run.log(log | {"nll": log["loss"]})
+        run.log(log)
 
 
 def imitated(trace: dict, processor: common.Processor, args: Args) -> common.Sample:
@@ -558,14 +570,15 @@ def weigh_imitation(micros: list[common.Micro]):
     length = torch.cat([m.length for m in micros])
     tokens = common.all_sum(torch.ones_like(length).sum())
     for m in micros:
-        m.log_q = None  # the teacher is not there any more
+        m.log_q = None  # which extras hands on
         m.weights = {"log_p": -torch.ones_like(m.length) / tokens}
 
 
 # =============================================================================================== main
 def load(run: common.Run, args: Args, of_sft: Args):
-    """Training rows and held-out rows, all checked before the first stages spend their hours; then the models."""
-    processor, teacher = common.Processor(args.student), args.teacher if args.beta else None
+    """Rows, all checked before stages traces and sft spend their hours; these stages; then the models of rl."""
+    processor = common.Processor(args.student)
+    teacher = args.teacher if args.beta else None
     if teacher is not None:
         run.reader = common.Processor(teacher)
         run.tags = tags_of(processor, run.reader)

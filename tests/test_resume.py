@@ -26,6 +26,7 @@ VOLD = dict(
     trace_column="text_problem",
     sft_batch=4,
     sft_steps=4,
+    sft_save_every=2,
     group=2,
     updates=2,
     max_response=100,
@@ -221,7 +222,7 @@ MANY = [("vgs", 30), ("ptdpo", 10), ("vold", 10), ("vigos, LoRA", 10), ("reopold
 def test_killed_many_times(tiny, tmp_path, name, kills):
     """SIGKILL at random moments: of the start, some steps later, and (every third) while a checkpoint is written."""
     settings = dict(max_steps=8 * kills, save_every=1)
-    settings |= {"sft_steps": 4 * kills} if name == "vold" else {}
+    settings |= {"sft_steps": 4 * kills, "sft_save_every": 1} if name == "vold" else {}
     done(run_script(*command(tiny, tmp_path / "whole", name, **settings)))
     folder, random = tmp_path / "killed", torch.Generator().manual_seed(0)
     argv = command(tiny, folder, name, **settings)

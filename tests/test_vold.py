@@ -196,6 +196,7 @@ def arguments(tiny, output, **changes):
         trace_column="text_problem",
         trace_rows=9,
         sft_steps=2,
+        sft_save_every=1,
         sft_batch=4,
         prompts=4,
         group=2,
@@ -265,7 +266,7 @@ def test_the_same_line_goes_on_with_the_stage_that_is_not_finished(tiny, tmp_pat
     argv = arguments(tiny, run, save_every=1, **traces)
     made_from = dict(teacher=str(tiny / "tagged"), trace_data=str(asked), trace_split="train")
     made_from |= dict(trace_column="text_problem", trace_rows=0, max_response=8)
-    made_from |= dict(temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    made_from |= dict(temperature=1.0, top_p=1.0, top_k=0, seed=0, max_prompt=1024)
     write_traces(tiny, tmp_path / "traces", **made_from)
     first = run_script(*argv)
     assert first.returncode == 0 and "all 9 traces are there" in first.stdout, first.stderr
@@ -360,7 +361,7 @@ def test_eq_4_sft_logs_the_mean_over_all_tokens_on_any_number_of_ranks(tiny, tmp
         assert result.returncode == 0, result.stderr
         assert not (folder / "rl").exists()
         logs.append(lines_of(folder / "sft")[-1])
-    assert logs[1]["nll"] == pytest.approx(logs[0]["nll"], abs=2e-6)
+    assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], abs=2e-6)
     assert logs[1]["grad_norm"] == pytest.approx(logs[0]["grad_norm"], rel=1e-4)
     assert "sampler_gap" not in logs[0] and logs[0]["entropy"] > 0
     lm = common.Model(str(tiny / "student"), torch.float64).lm
@@ -377,7 +378,7 @@ def test_eq_4_sft_logs_the_mean_over_all_tokens_on_any_number_of_ranks(tiny, tmp
         for t, token in enumerate(ids):
             total -= log_p[len(prompt) + t - 1, token].item()
         count += len(ids)
-    assert logs[0]["nll"] == pytest.approx(total / count, rel=1e-5)
+    assert logs[0]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 VARIANTS = [
