@@ -303,7 +303,9 @@ def load_data(name, split):
     import datasets
 
     if not name:
-        raise UserError("there is no training data: name it with --data (traces of vold.py: --trace-data)")
+        raise UserError(
+            "there is no training data: name it with --data (traces of vold.py: --trace-data)"
+        )
     path = Path(locate(name))
     try:
         if path.is_file():
@@ -1462,10 +1464,10 @@ class Run:
 
     def evaluate(self, held_out, context, others):
         self.mark = time.perf_counter()
-        sets = {"acc@1": held_out} if held_out is not None else {}
+        sets = ({} if held_out is None else {"acc@1": held_out}) | (others or {})
         if not sets:
             return
-        for name, rows in (sets | (others or {})).items():
+        for name, rows in sets.items():
             score = evaluate(self.engine, rows, context)
             self.own.setdefault(f"{name} at first", score)
             self.log({name: score})

@@ -129,7 +129,7 @@ class Args(common.Args):
     tutor_all: bool = False  # tutor every answer, not only the wrong ones of such groups
     tutor_context: Literal["question", "answer", "hint", "solution"] = "hint"  # what it knows
     divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"  # forward: KL(tutor || student)
-    support: int = 100  # K: tokens of each Top-K set (Eq. 14)
+    support: int = 100  # K: tokens of each Top-K set (Eq. 14); all, if there are fewer
     draws: int = 4  # dapo draws at most so often to fill a batch with informative groups
     blind_tutor: bool = False  # the released code's tutor: the image left out
     drop_reference_kl: bool = False  # the released code's habit: no KL on groups below tau
@@ -243,8 +243,9 @@ def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
     if reference is not None:
         kl = common.k3(chosen, reference)  # Eq. 3
     if tutor:
+        support = min(args.support, z.shape[-1])
         ptd, found = topk_tail_divergence(
-            z, tutor[0], args.support, args.divergence, return_metrics=True
+            z, tutor[0], support, args.divergence, return_metrics=True
         )  # Eq. 13-17
         student_tail, tutor_tail = found["student_tail"], found["teacher_tail"]
         gap_bound = found["gap_bound"]
@@ -411,9 +412,9 @@ def old_log_probs(
 def load(run: common.Run, args: Args):
     """Training rows and held-out rows, all checked; then the models."""
     processor = common.Processor(args.student)
-    if args.support > processor.vocab:
+    if args.teacher:
         raise common.UserError(
-            f"--support {args.support} is more than the {processor.vocab} tokens of the vocabulary"
+            "--teacher is not for this method: its tutor is --student, before it is trained"
         )
     train = common.load_rows(
         args, processor, contexts(args), columns(args), optional="hint solution"

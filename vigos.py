@@ -1,6 +1,7 @@
 """ViGOS: see first, then reason. Self-distillation from three frozen views of the initial model.
 
-Paper: Liu et al., "ViGOS: Visually Grounded On-Policy Self-Distillation", arXiv:2606.19120.
+Paper: "Seeing Before Reasoning: Decoupling Perception and Reasoning for Shortcut-Resilient Multimodal On-Policy
+Self-Distillation", arXiv:2606.19120.
 
     python vigos.py                                    a laptop: small real models on real handwriting
     torchrun --nproc-per-node 8 vigos.py --preset 3b   one node: Qwen2.5-VL-3B, its own teacher
@@ -10,10 +11,10 @@ Paper: Liu et al., "ViGOS: Visually Grounded On-Policy Self-Distillation", arXiv
 The student writes <description> d </description> <think> r </think> \\boxed{a}; the first tag is given to it. The
 frozen initial model p_0 reads the answer in three contexts, on the same prefix h_t:
 
-    p       student      image, question, format                what samples, and what is trained
-    q_img   perception   image                                  marks d: only the image can tell it what to describe
-    q_rea   reasoning    image, question, reference, format     marks r and a
-    q_ref   reference    image, question, reference, format     marks every token of an answer that is out of form
+    p       student      image, question, format              question()      what samples, and what is trained
+    q_img   perception   image                                image_alone()   marks d: only the image can tell it what
+    q_rea   reasoning    image, question, reference, format   privileged()    marks r and a
+    q_ref   reference    the same                             privileged()    marks all of an answer out of form
 
     L_perc  mean over the tokens of d     KL(q_img || p)        of answers in form: forward KL     Eq. 13-14, 18
     L_rea   mean over those of r and a    KL(q_rea || p)        the same                           Eq. 15, 19
@@ -26,19 +27,23 @@ frozen initial model p_0 reads the answer in three contexts, on the same prefix 
 Where this differs from the paper, or from the code released with it:
  1. q_rea reads the student's description before r, as the paper says. The released code leaves it out:
     --reasoning-prefix slice. With the description in its prefix the reasoning teacher's prompt has to ask for one: it
-    is the reference teacher's.
+    is the reference teacher's, and the two differ in the tokens that they mark and in the KL's direction.
  2. The clip is taken after the sum over the vocabulary, as in the code: a token above it gets no gradient (the log
-    counts them). --clip-entries clips each vocabulary entry before the sum instead.
- 3. </think> and \\boxed{} are marked with r and a, as in the code (the paper: no delimiters); otherwise nothing would
-    teach to close and to box. The end token is not, unless --mark-end says so.
- 4. An answer is in form if the tags come in order and d, r and a are not blank. The code lets blank ones pass.
+    counts them). --clip-entries clips each vocabulary entry before the sum instead, from above: the sum may then be
+    negative, and the log counts tokens with any clipped entry. The toy clips at 5.
+ 3. </think>, \\boxed{} and what stands between them are marked with r and a, as in the code (the paper: no
+    delimiters); otherwise nothing would teach to close and to box. The end token is not, unless --mark-end says so.
+ 4. An answer is in form if the tags come in order and d, r and a are not blank. The code lets blank ones pass. Of
+    several boxes the first holds a; accuracy reads the last.
  5. The means are over one update and all ranks. The code averages each micro-step by itself.
  6. The perception teacher's prompt ends in <description> as the student's does; the code has no tag there.
- 7. Advantages, rewards and answers play no part; accuracy is logged.
+ 7. Accuracy is logged, greedily (the paper: Pass@5 and Avg@5), and plays no part. A row without its reference is
+    refused (the code puts a sentence in its place).
  8. LoRA as in the paper (rank 64, scale 2, p_0 is the model with the adapters off), without its dropout of 0.05; full
     training with a frozen copy as p_0 at --lora 0.
  9. PALR: see tools/palr.py.
 10. OPSD answers in the same form, from the same prompt (the paper's same-prompt table; its main table has a plain one).
+    Its KL is clipped as ViGOS's is, and no temperature bends it.
 11. All images of a row are shown (the code: the first), and the reference as its column holds it (the code strips tags
     and boxes).
 12. The wording of the prompts is ours.
@@ -100,18 +105,20 @@ RANGES = {"updates": (1, 1), "support": (1, 1024)}
 class Args(common.Args):
     method: Literal["vigos", "opsd"] = "vigos"  # three views, or one teacher for every token
     column_reference: str = ""  # column that privileged teachers are shown; empty: the answer's
-    weight_perception: float = 1.0  # weight of L_perc (0 = the paper's ablation)
-    weight_reasoning: float = 1.0  # weight of L_rea (0 = the paper's ablation)
-    weight_reference: float = 2.0  # weight of L_ref, on answers that are out of form
+    weight_perception: float = 1.0  # of L_perc (0 = the paper's ablation); the weights are vigos's
+    weight_reasoning: float = 1.0  # of L_rea (0 = the paper's ablation)
+    weight_reference: float = 2.0  # of L_ref, on answers that are out of form
     # of the tokens that the reference teacher marks: paper is reverse_kl, with opsd forward_kl;
     # top_k is the JSD on both Top-K sets and a tail
     divergence: Literal["paper", "forward_kl", "reverse_kl", "jsd", "top_k", "sampled"] = "paper"
-    support: int = 100  # tokens of each Top-K set of --divergence top_k
+    support: int = 100  # tokens of each Top-K set of --divergence top_k; all, if there are fewer
     clip: float = 0.05  # largest KL of a token; above it there is no gradient; 0 = no limit
     clip_entries: bool = False  # limit each vocabulary entry's share instead, before the sum
-    # what the reasoning teacher reads: the whole answer, or (released code) r and a alone
+    # what vigos's reasoning teacher reads: the whole answer, or (released code) r and a alone
     reasoning_prefix: Literal["full", "slice"] = "full"
-    mark_end: bool = False  # mark the end token of an answer in form as part of its reasoning
+    mark_end: bool = (
+        False  # vigos: mark the end token of an answer in form as part of its reasoning
+    )
     # held-out questions whose text suggests an answer, the right one at position 1: score and prior
     conflict_data: str = ""
     column_position: str = "position"  # column of conflict_data with the position: 1, 2 or 3
@@ -168,52 +175,6 @@ def contexts(args: Args) -> dict:
 
 
 # =============================================================================================== losses
-BLANK = " \u0120\u010a\u0109\u010d"  # and how byte-level tokens write space, newline, tab, return
-
-
-def closing_brace(text: str, start: int) -> int:
-    """Where the brace is that closes the one opened just before `start`; -1 without it. ("{a{b}c}", 1) -> 6."""
-    depth = 1
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return i
-    return -1
-
-
-def find_spans(pieces: list[str]) -> tuple[list[bool], list[bool]] | None:
-    """Which tokens of a response, written as `pieces`, are in d, and which in r and a; None if it is out of form.
-
-    r and a begin behind <think>; </think> and the box are part of them. A token that holds a part of a tag before r is
-    in neither. The opening <description> is not part of the response.
-
-    A 3 . </ description > <think> 3 </ think > \\boxed{ 3 } END
-    1 1 1 0  0           0 0       0 0  0     0 0        0 0 0     d
-    0 0 0 0  0           0 0       1 1  1     1 1        1 1 0     r and a
-    """
-    text = "".join(pieces)
-    close = text.find("</description>")
-    think = text.find("<think>", close)
-    end = text.find("</think>", think)
-    box = text.find("\\boxed{", end)
-    if min(close, think, end, box) < 0:
-        return None
-    inside = think + len("<think>")
-    opened = box + len("\\boxed{")
-    last = closing_brace(text, opened)
-    contents = text[:close], text[inside:end], text[opened:last]  # d, r, a
-    if last < 0 or not all(content.strip(BLANK) for content in contents):
-        return None
-    description, reasoning = [], []
-    start = 0
-    for piece in pieces:
-        stop = start + len(piece)
-        description.append(stop <= close)
-        reasoning.append(inside <= start <= last)
-        start = stop
-    return description, reasoning
-
-
 def shares(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) by vocabulary entry: a (log a - log b), [n, V]."""
     return log_a.exp() * (log_a - log_b).masked_fill(log_a == -math.inf, 0.0)
@@ -240,7 +201,8 @@ TERMS = ("forward", "reference", "forward_clipped", "reference_clipped", "log_p"
 def terms(z: Tensor, y: Tensor, ids: Tensor, args: Args) -> tuple[Tensor, ...]:
     """TERMS, [n] each, from the logits [n, V] of the student, z, and of the token's own teacher, y.
 
-    forward is the term of the perception and the reasoning teacher, reference that of the reference teacher.
+    forward is the term of the perception and the reasoning teacher, reference that of the reference teacher; log_p (of
+    the tokens) and entropy are for the log.
     """
     log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
     chosen = common.gather(log_p, ids)
@@ -249,14 +211,14 @@ def terms(z: Tensor, y: Tensor, ids: Tensor, args: Args) -> tuple[Tensor, ...]:
     if kind == "paper":
         kind = "forward_kl" if args.method == "opsd" else "reverse_kl"
     if kind == "forward_kl":
-        reference = forward  # Eq. 4-6
+        reference = forward  # of OPSD: Eq. 4-6
     elif kind == "reverse_kl":
         reference = shares(log_p, log_q)  # Eq. 16: KL(student || teacher)
     elif kind == "jsd":
         reference = jsd(log_p, log_q)
     elif kind == "top_k":
-        reference = topk_tail_divergence(z, y, args.support)[:, None]
-    else:  # its gradient is that of the reverse KL, over the student's samples
+        reference = topk_tail_divergence(z, y, min(args.support, z.shape[-1]))[:, None]
+    else:  # without a clip, and over samples from p itself, its mean gradient is the reverse KL's
         reference = ((chosen - common.gather(log_q, ids)) ** 2 / 2)[:, None]
     forward, forward_clipped = limited(forward, args)
     reference, reference_clipped = limited(reference, args)
@@ -282,12 +244,58 @@ def rollout(rows: list[dict], run: common.Run, args: Args) -> list[common.Sample
             log["reasoning_length"].append(sum(spans[1]))
     means = common.mean_over_ranks(log)
     run.log(means)
-    if means["out_of_form"] > 0.9:
+    if args.method == "vigos" and means["out_of_form"] > 0.9:
         run.note(
             f"{means['out_of_form']:.0%} of the answers are out of form: almost nothing is learned of "
             "seeing and reasoning (see samples.jsonl)"
         )
     return samples
+
+
+BLANK = " \u0120\u010a\u0109\u010d"  # and how byte-level tokens write space, newline, tab, return
+
+
+def closing_brace(text: str, start: int) -> int:
+    """Where the brace is that closes the one opened just before `start`; -1 without it. ("{a{b}c}", 1) -> 6."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return i
+    return -1
+
+
+def find_spans(pieces: list[str]) -> tuple[list[bool], list[bool]] | None:
+    """Which tokens of a response, written as `pieces`, are in d, and which in r and a; None if it is out of form.
+
+    r and a begin behind <think>; </think> and the box are part of them. A token that holds a part of a tag before r is
+    in neither. The opening <description> is not part of the response.
+
+    A 3 . </ description > <think> 3 </ think > \\boxed{ 3 } END
+    1 1 1 0  0           0 0       0 0  0     0 0        0 0 0     d
+    0 0 0 0  0           0 0       1 1  1     1 1        1 1 0     r and a
+    """
+    text = "".join(pieces)
+    close = text.find("</description>")  # -1, which the check below finds again, if there is none
+    think = text.find("<think>", close)
+    end = text.find("</think>", think)
+    box = text.find("\\boxed{", end)
+    if min(close, think, end, box) < 0:
+        return None
+    inside = think + len("<think>")
+    opened = box + len("\\boxed{")
+    last = closing_brace(text, opened)
+    contents = text[:close], text[inside:end], text[opened:last]  # d, r, a
+    if last < 0 or not all(content.strip(BLANK) for content in contents):
+        return None
+    description, reasoning = [], []
+    start = 0
+    for piece in pieces:
+        stop = start + len(piece)
+        description.append(stop <= close)
+        reasoning.append(inside <= start <= last)
+        start = stop
+    return description, reasoning
 
 
 def marks(spans: tuple | None, response: common.Response, args: Args) -> dict[str, list[bool]]:
@@ -310,22 +318,23 @@ def marks(spans: tuple | None, response: common.Response, args: Args) -> dict[st
 def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[common.Micro]:
     """The frozen model reads every response as each of the teachers that mark a part of it.
 
-    Adds m.perception, m.reasoning and m.reference, [n], 1 for the tokens that this teacher marks. Keeps in m.teacher
-    one hidden state a token, its own teacher's, [n, H]; 0 where nobody marks it. Never logits.
+    Adds m.marks: teacher -> [n], 1 for the tokens that it marks. Keeps in m.teacher one hidden state a token, its own
+    teacher's, [n, H]; 0 where nobody marks it. Never logits.
     """
     micros = common.make_micros(samples, ["question"], run.processor, args.micro_tokens)
     with torch.no_grad():
         for m in micros:
-            active = run.head.new_zeros(len(m.ids), run.head.shape[1])  # [n, H]
+            m.marks = {}
+            own = run.head.new_zeros(len(m.ids), run.head.shape[1])  # [n, H]
             for name in TEACHERS:
                 marked = []
                 for s in m.samples:
                     marked += s.marks[name]
                 mask = torch.tensor(marked, dtype=torch.bool, device=m.ids.device)  # [n]
-                setattr(m, name, mask.float())
+                m.marks[name] = mask.float()
                 if name in contexts(args):
-                    active[mask] = read_as(name, m.samples, run, args)
-            m.teacher = [active]
+                    own[mask] = read_as(name, m.samples, run, args)
+            m.teacher = [own]
     return micros
 
 
@@ -340,7 +349,8 @@ def read_as(name: str, samples: list[common.Sample], run: common.Run, args: Args
         if name == "reasoning" and args.reasoning_prefix == "slice":
             first = marked.index(True)
         prompts.append(s.prompts[name])
-        responses.append(common.Response(s.response.ids[first:], mask=marked[first:]))
+        places = marked[first:]  # whose hidden states are returned
+        responses.append(common.Response(s.response.ids[first:], mask=places))
     if not prompts:  # the model is sharded, and other ranks may have some
         prompts, responses = [run.processor.dummy()], [common.Response([])]
     return run.teacher(run.processor.batch(prompts, responses))
@@ -351,13 +361,14 @@ def weigh(micros: list[common.Micro], run: common.Run, args: Args):
     """One weight per token and term: the mean over a teacher's tokens, of all ranks, times the teacher's weight."""
     counts = {}
     for name in TEACHERS:
-        count = torch.cat([getattr(m, name) for m in micros]).sum()
+        count = torch.cat([m.marks[name] for m in micros]).sum()
         counts[name] = common.all_sum(count).clamp(min=1)
     weight_reference = 1.0 if args.method == "opsd" else args.weight_reference
     for m in micros:
-        perception = args.weight_perception * m.perception / counts["perception"]  # Eq. 18
-        reasoning = args.weight_reasoning * m.reasoning / counts["reasoning"]  # Eq. 19
-        reference = weight_reference * m.reference / counts["reference"]  # Eq. 20
+        mean = {name: m.marks[name] / counts[name] for name in TEACHERS}
+        perception = args.weight_perception * mean["perception"]  # Eq. 18
+        reasoning = args.weight_reasoning * mean["reasoning"]  # Eq. 19
+        reference = weight_reference * mean["reference"]  # Eq. 20
         m.weights = {"forward": perception + reasoning, "reference": reference}  # Eq. 17, 21
 
 
@@ -367,7 +378,7 @@ def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
     log = run.update(micros, TERMS, functools.partial(terms, args=args), extras)
     found = common.all_terms(micros)
     for name in TEACHERS:
-        mask = torch.cat([getattr(m, name) for m in micros])
+        mask = torch.cat([m.marks[name] for m in micros])
         term = "reference" if name == "reference" else "forward"
         values = {name: found[term], f"clipped_{name}": found[f"{term}_clipped"]}
         means = common.token_means(values, mask)  # nothing where this teacher marks no token
@@ -415,6 +426,10 @@ def load(run: common.Run, args: Args):
     """Training rows and held-out rows, all checked; then the models."""
     processor = common.Processor(args.student)
     check_tags(processor)
+    if args.teacher:
+        raise common.UserError(
+            "--teacher is not for this method: its teacher is --student, before it is trained"
+        )
     train = common.load_rows(args, processor, contexts(args), "problem images answer reference")
     held_out = common.load_rows(
         args, processor, {"question": question}, "problem images answer", held_out=True

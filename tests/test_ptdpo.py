@@ -381,7 +381,7 @@ REFUSED = [
     ("--lambda-ptd is -1", {"lambda_ptd": -1}),
     ("--draws is 0", {"draws": 0}),
     ("--support is 2000", {"support": 2000}),
-    ("more than the", {"support": 1000}),
+    ("its tutor is --student", {"teacher": "some/model"}),
     ("the limit is 110", {"max_prompt": 110}),
 ]
 
