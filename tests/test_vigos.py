@@ -316,7 +316,11 @@ def run_flags(tiny, output, **changes) -> list[str]:
     return flags(tiny, output, **changes)
 
 
-CHANGES = [{}, {"lora": 4, "eval_data": ""}, {"method": "opsd", "divergence": "top_k", "support": 1000}]
+CHANGES = [
+    {},
+    {"lora": 4, "eval_data": ""},
+    {"method": "opsd", "divergence": "top_k", "support": 1000},
+]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
