@@ -534,7 +534,7 @@ class Turns:
 
 # =============================================================================================== main
 def check(args: Args):
-    """Refuse what this run could not use as it is meant."""
+    """Refuse settings that contradict each other."""
     if args.method == "grpo" and args.group < 2:
         raise common.UserError("GRPO compares a question's responses: set --group to at least 2")
     if args.method == "sft" and args.engine == "vllm":
@@ -548,7 +548,7 @@ def check_tools(processor, args: Args):
     next_turn(processor, "?", [])
 
 
-def load_rows(args: Args, processor, answers: bool, held_out: bool = False):
+def load_questions(args: Args, processor, answers: bool, held_out: bool = False):
     """Rows that the student can read. A text-only one is refused rows with images: it would answer without them."""
     name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
     sees = processor.image_id is not None
@@ -568,8 +568,8 @@ def load(run: common.Run, args: Args):
         common.check_same_inputs(processor, reader)
     if args.calls:
         check_tools(processor, args)
-    train = load_rows(args, processor, answers=args.method == "grpo")
-    held_out = load_rows(args, processor, answers=True, held_out=True)
+    train = load_questions(args, processor, answers=args.method == "grpo")
+    held_out = load_questions(args, processor, answers=True, held_out=True)
     run.load(processor, teacher)
     run.writer = run.engine
     if args.method == "sft":

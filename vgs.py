@@ -304,7 +304,7 @@ def measure_eta(micros: list[common.Micro], run: common.Run, args: Args) -> dict
 
 # =============================================================================================== main
 def check(args: Args):
-    """Refuse what this run could not use as it is meant."""
+    """Refuse settings that contradict each other."""
     if args.alpha < 1 and args.group < 2:
         raise common.UserError("GRPO compares a question's responses: set --group to at least 2")
     of_preset = args.eta == PRESETS[args.preset].get("eta") and not args.measure_eta
