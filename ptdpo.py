@@ -41,9 +41,10 @@ Where this differs from the paper, or from the code released with it:
 10. lambda is 0.05 for 2B and 8B and 0.5 for 4B, as in the released scripts (the paper: "5e-2, 5e-1").
 11. The hints are not released. tools/hints.py has them written, with our wording of the paper's three rules. A row
     without one is answered and not tutored; the log counts them (without_hint).
-12. DAPO: every rank fills its own share of the batch. Where --draws draws do not, groups without an advantage do. A group
-    is dropped for its answers alone (the code: for its rewards), and is not tutored then; --draws 1 drops none, as the
-    released scripts of DAPO with a tutor. The penalty for long responses is left out. An epoch counts steps, not draws.
+12. DAPO: every rank fills its own share of the batch. Where --draws draws do not, groups without an advantage do. A
+    group is dropped for its answers alone (the code: for its rewards), and is not tutored then; --draws 1 drops none,
+    as the released scripts of DAPO with a tutor. The penalty for long responses is left out. An epoch counts steps, not
+    draws.
 13. The wording of the instruction and of the contexts is ours. Evaluation is greedy (paper: temperature 1:
     --eval-samples). Trained weights are float32, and weight decay spares norms and biases. Images keep the checkpoint's
     own limits of pixels (the released scripts: 200,704 to 1,003,520: change preprocessor_config.json for those).
