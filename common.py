@@ -705,6 +705,8 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 def load_model(name, args, trained: bool) -> Model:
     """A checkpoint, sharded over all ranks (FSDP2): float32 at least if it is trained, else in the compute dtype."""
+    if world_size() % args.replicas:
+        raise UserError(f"--replicas {args.replicas} does not divide the {world_size()} ranks")
     dtype = getattr(torch, args.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     model = Model(name, wide if trained else dtype).requires_grad_(trained)
@@ -715,8 +717,6 @@ def load_model(name, args, trained: bool) -> Model:
     if trained and args.gradient_checkpointing:
         model.lm.gradient_checkpointing_enable()
         model.lm.train()  # transformers checkpoints in training mode only; these models have no dropout by themselves
-    if world_size() % args.replicas:
-        raise UserError(f"--replicas {args.replicas} does not divide the {world_size()} ranks")
     mesh = None  # all ranks
     if args.replicas > 1:
         shape = (args.replicas, world_size() // args.replicas)
