@@ -1122,6 +1122,8 @@ class _VocabLoss(torch.autograd.Function):
             ours = [z.requires_grad_() for z in logits[: len(hidden)]]
             with torch.enable_grad():
                 terms = torch.stack(fn(*ours, *logits[len(hidden) :], *extra))  # [K, n]
+                if weights.shape != (len(terms), len(hidden[0])):  # which would broadcast
+                    raise ValueError(f"weights {list(weights.shape)} for {len(terms)} terms a token")
                 parts = weights[:, rows] * terms
                 # no weight: may be anything
                 loss = parts.masked_fill(weights[:, rows] == 0, 0.0).sum()
@@ -1151,7 +1153,7 @@ def vocab_loss(
     hidden: the student's hidden states [N, H], one tensor a context; they share head [V, H]. frozen: (hidden, head)
     pairs of teachers, without gradient. weights [K, N] must be final, divisors included: that allows the gradient to be
     taken chunk by chunk, so that each head is multiplied once and no logits are kept. Returns (loss, terms [K, N]
-    detached).
+    detached). Raises ValueError where weights has another shape.
     """
     return _VocabLoss.apply(fn, weights, tuple(frozen), tuple(extras), vocab, chunk, head, *hidden)
 
@@ -1166,7 +1168,7 @@ def group_advantages(rewards: Tensor, group) -> Tensor:
     # in float32 the mean of eight times 0.1 is not 0.1
     r = rewards.double().view(-1, group)
     advantages = (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-6)
-    return advantages.view(-1).to(rewards.dtype)
+    return advantages.view(-1).to(torch.promote_types(rewards.dtype, torch.float32))
 
 
 def clipped_surrogate(

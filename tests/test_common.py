@@ -108,10 +108,10 @@ def test_advantages_of_equal_rewards_are_exactly_zero():
         for reward in (0.1, 0.9, 1 / 3, 1.0):
             rewards = torch.full((2 * group,), reward)
             assert not common.group_advantages(rewards, group).any(), (group, reward)
-    found = common.group_advantages(torch.tensor([1.0, 0, 0, 1]), 4)
-    torch.testing.assert_close(
-        found, torch.tensor([0.866, -0.866, -0.866, 0.866]), rtol=0, atol=1e-3
-    )
+    for rewards in ([1.0, 0, 0, 1], [1, 0, 0, 1], [True, False, False, True]):
+        found = common.group_advantages(torch.tensor(rewards), 4)
+        expected = torch.tensor([0.866, -0.866, -0.866, 0.866])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def test_what_the_clip_cuts():
@@ -129,6 +129,13 @@ def test_quantile_is_torchs():
     torch.testing.assert_close(common.quantile(x, q), x.quantile(torch.tensor(q)))
     assert common.quantile(torch.arange(6.0), [0.4, 0.7]).tolist() == [2.0, 3.5]
     assert common.quantile(torch.zeros(0), q).tolist() == [math.inf] * 6
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (1, 1), (1, 9), (7,)], ids=str)
+def test_vocab_loss_refuses_weights_that_would_broadcast(shape):
+    hidden, head = torch.randn(7, 4), torch.randn(11, 4)
+    with pytest.raises(ValueError, match=r"weights \[.*\] for 1 terms a token"):
+        common.vocab_loss(lambda z: (z.logsumexp(-1),), torch.ones(shape), [hidden], head, chunk=3)
 
 
 def test_vocab_loss_of_no_tokens_is_zero_with_zero_gradients():
