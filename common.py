@@ -1123,7 +1123,9 @@ class _VocabLoss(torch.autograd.Function):
             with torch.enable_grad():
                 terms = torch.stack(fn(*ours, *logits[len(hidden) :], *extra))  # [K, n]
                 if weights.shape != (len(terms), len(hidden[0])):  # which would broadcast
-                    raise ValueError(f"weights {list(weights.shape)} for {len(terms)} terms a token")
+                    raise ValueError(
+                        f"weights {list(weights.shape)} for {len(terms)} terms a token"
+                    )
                 parts = weights[:, rows] * terms
                 # no weight: may be anything
                 loss = parts.masked_fill(weights[:, rows] == 0, 0.0).sum()
