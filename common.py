@@ -1184,7 +1184,10 @@ def clipped_surrogate(
 
 
 def k3(log_p: Tensor, reference: Tensor) -> Tensor:
-    """The k3 estimator of KL(p || reference) at sampled tokens, [N]: r - 1 - log r with r = reference / p."""
+    """The k3 estimator of KL(p || reference) at sampled tokens, [N]: r - 1 - log r with r = reference / p.
+
+    So is its value in the mean over samples from p; its mean gradient is that of KL(reference || p).
+    """
     log_ratio = reference - log_p
     return log_ratio.exp() - 1 - log_ratio
 

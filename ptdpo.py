@@ -21,33 +21,38 @@ The student answers from the question alone, G times. A frozen copy of the initi
     loss = -J_GRPO + lambda * sum over F of D / |F|                                                          Eq. 11, 12
 
     J_GRPO, --optimizer    grpo    min(rho A, clip(rho) A) - beta KL(p || ref), k3 on the sampled tokens     Eq. 3
-                           dapo    a wider upper clip, no KL, mean over tokens; questions are drawn anew for groups
-                                   that are all right or all wrong
-                           gspo    rho of the whole response (the mean of its tokens' log-ratios), no KL     Table 4
+                           dapo    the same with clip 0.28 above and no KL; with --draws questions are drawn anew
+                                   for groups that are all right or all wrong
+                           gspo    rho of the whole response, exp of its tokens' mean log-ratio; no KL     2507.18071
 
 Where this differs from the paper, or from the code released with it:
  1. The released JSD detaches p as the weight and not in the mixture: its gradient is zero. Here it is Eq. 42's.
  2. The released support is the student's Top-K alone, with a uniform guess of the teacher's values. Here it is Eq. 14's
     union.
  3. The released tutor is given no image. Here it sees it (Eq. 9); --blind-tutor takes it away.
- 4. The released code drops the reference KL on every answer of a failing group. Here it stays (Eq. 3);
+ 4. The released code drops the reference KL on every answer of a group below tau. Here it stays (Eq. 3);
     --drop-reference-kl.
- 5. |F| counts the whole optimizer update, on all ranks. The released code averages within each micro-batch.
+ 5. |F| counts the whole optimizer update, on all ranks. The released code averages within each micro-batch, and with
+    GSPO within each response first.
  6. GRPO averages over all tokens of the update, as the released code; Eq. 3 averages within each response first:
     average="response" in OPTIMIZERS.
  7. r in Eq. 7 and 8 is the answer alone; the reward of the policy gradient is 0.9 answer + 0.1 format (Table 3).
- 8. The released code adds a dual clip at 3; neither the paper nor this file has it. Clip 0.2 / 0.3 is the code's.
- 9. beta of the KL estimates KL(p || ref) as in Eq. 3; the released scripts differ among themselves.
+ 8. The released code adds a dual clip at 3; neither the paper nor this file has it. Clip 0.2 / 0.3 is the code's. Where
+    --updates is 1, as on the toy, rho is 1 and nothing is clipped.
+ 9. k3 has the value of KL(p || ref), Eq. 3, and on the policy's own samples the gradient of KL(ref || p). The released
+    one is clamped, and the released scripts differ in its direction.
 10. lambda is 0.05 for 2B and 8B and 0.5 for 4B, as in the released scripts (the paper: "5e-2, 5e-1").
 11. The hints are not released. tools/hints.py has them written, with our wording of the paper's three rules. A row
-    without one is answered and not tutored; the log counts them (without_hint).
-12. DAPO: every rank fills its own share of the batch. Where --draws draws do not, groups without an advantage do. A
-    group is dropped for its answers alone (the code: for its rewards), and is not tutored then; --draws 1 drops none,
-    as the released scripts of DAPO with a tutor. The penalty for long responses is left out. An epoch counts steps, not
-    draws.
-13. The wording of the instruction and of the contexts is ours. Evaluation is greedy (paper: temperature 1:
-    --eval-samples). Trained weights are float32, and weight decay spares norms and biases. Images keep the checkpoint's
-    own limits of pixels (the released scripts: 200,704 to 1,003,520: change preprocessor_config.json for those).
+    without one is answered and not tutored; the log counts them (without_hint). One that is too long for the prompt
+    stops the run (the code cuts it off).
+12. DAPO draws once, as the released scripts do with a tutor: groups that are all wrong are what it is for. The paper's
+    baseline without one needs --draws 4 or so. Every rank fills its own share of the batch; groups are dropped for
+    their answers alone (the code: for their rewards), and are not tutored then. The penalty for long responses is left
+    out. An epoch counts steps, not draws.
+13. The wording of the instruction and of the contexts is ours. Evaluation is greedy (paper: temperature 1). The losses
+    are at temperature 1 whatever --temperature the rollouts have. Trained weights are float32, and weight decay spares
+    norms and biases. Images keep the checkpoint's own limits of pixels (the released scripts: 200,704 to 1,003,520:
+    change preprocessor_config.json for those).
 """
 
 import functools
@@ -108,7 +113,7 @@ RANGES = {
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What --optimizer stands for (Table 4)."""
+    """What --optimizer stands for, as in the released scripts."""
 
     clip_low: float  # the probability ratio is clipped below 1 - clip_low
     clip_high: float  # and above 1 + clip_high
@@ -127,12 +132,13 @@ OPTIMIZERS = {
 class Args(common.Args):
     optimizer: Literal["grpo", "dapo", "gspo"] = "grpo"  # policy gradient, a row of OPTIMIZERS
     lambda_ptd: float = 0.05  # lambda: weight of the tutoring loss (Eq. 12); 0 = no tutor
-    tau: float = 1.0  # groups whose share of right answers is below this are tutored (Eq. 8)
-    tutor_all: bool = False  # tutor every answer, not only the wrong ones of such groups
-    tutor_context: Literal["question", "answer", "hint", "solution"] = "hint"  # what it knows
+    # groups whose share of right answers is below this are tutored (Eq. 8)
+    tau: float = 1.0
+    tutor_all: bool = False  # tutor every answer of every group
+    tutor_context: Literal["question", "answer", "hint", "solution"] = "hint"  # see KNOWLEDGE
     divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"  # forward: KL(tutor || student)
     support: int = 100  # K: tokens of each Top-K set (Eq. 14); all, if there are fewer
-    draws: int = 4  # dapo draws at most so often to fill a batch with informative groups
+    draws: int = 1  # dapo draws at most so often to fill a batch with informative groups (see 12)
     blind_tutor: bool = False  # the released code's tutor: the image left out
     drop_reference_kl: bool = False  # the released code's habit: no KL on groups below tau
     column_hint: str = "hint"  # column with the hint
@@ -150,7 +156,7 @@ KNOWLEDGE = {  # --tutor-context -> what stands behind the tutor's question
 
 
 def question(row: dict, knowledge: str = "", blind: bool = False) -> common.Context:
-    """x: what the student samples under and is trained in."""
+    """x: what the student samples under and is trained in; knowledge: what stands behind it for the tutor."""
     images = [] if blind else row["images"]
     text = f"{row['problem']}{knowledge}\n\n{INSTRUCTION}"
     return common.Context([common.message("user", text, len(images))], images)
@@ -206,7 +212,7 @@ def well_formed(text: str) -> bool:
 def route(correct: list[bool], group: int, tau: float) -> tuple[list[bool], list[bool]]:
     """Eq. 7, 8: which responses are in a group below tau, and which of those failed. `group` in a row to a question.
 
-    group 2, tau 1, correct = [1, 1, 0, 1, 0, 0]  ->  [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1]     tau 0.5: the last group
+    group 2, tau 1, correct = [1, 1, 0, 1, 0, 0]  ->  [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1]   tau 0.5: the last group
     """
     below = []
     for answers in common.split(correct, len(correct) // group):
@@ -251,7 +257,8 @@ def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
             z, tutor[0], support, args.divergence, return_metrics=True
         )  # Eq. 13-17
         student_tail, tutor_tail = found["student_tail"], found["teacher_tail"]
-        gap_bound = found["gap_bound"]
+        if args.divergence == "jsd":  # of the others there is no bound
+            gap_bound = found["gap_bound"]
     entropy = common.entropy(log_p.detach())
     return surrogate, kl, ptd, student_tail, tutor_tail, gap_bound, clipped, chosen, entropy
 
@@ -259,11 +266,11 @@ def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
 # =============================================================================================== rollout
 def rollout(rows: list[dict], run: common.Run, args: Args) -> list[common.Sample]:
     """The student answers this rank's questions; dapo draws more, where too few groups have something to compare."""
-    groups = answer(rows, run, args)
+    groups = sample_groups(rows, run, args)
     if args.optimizer == "dapo":
         draws = 1
         while draws < args.draws and fewest_informative(groups) < len(rows):
-            groups += answer(run.draw(), run, args)
+            groups += sample_groups(run.draw(), run, args)
             draws += 1
         run.log({"draws": draws})
     found = group_statistics(groups, args)
@@ -274,13 +281,13 @@ def rollout(rows: list[dict], run: common.Run, args: Args) -> list[common.Sample
     return [s for group in choose(groups, len(rows)) for s in group]
 
 
-def answer(rows: list[dict], run: common.Run, args: Args) -> list[list[common.Sample]]:
+def sample_groups(rows: list[dict], run: common.Run, args: Args) -> list[list[common.Sample]]:
     """Groups of responses to the question alone, rewarded; failures are routed to the tutor (s.tutored)."""
     samples = common.sample_responses(run.engine, rows, contexts(args), args)
     common.reward_answers(samples, args.group, reward)
     below, failed = route([s.correct for s in samples], args.group, args.tau)
-    for s, in_failing_group, fails in zip(samples, below, failed):
-        s.failing = in_failing_group
+    for s, is_below, fails in zip(samples, below, failed):
+        s.below_tau = is_below
         s.tutored = (fails or args.tutor_all) and "tutor" in s.prompts
     return common.split(samples, len(rows))
 
@@ -328,25 +335,26 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
     """The frozen model reads every response once, and those in F a second time, as the tutor.
 
     F has micro-batches of its own, on all ranks equally many. Keeps hidden states, never logits; and m.in_f (1 in F,
-    else 0), m.failing (1 in a group below tau) and m.reference (the frozen model's log-prob; None: no KL), [n] each.
+    else 0), m.below_tau (1 in such a group) and m.reference (the frozen model's log-prob; None: no KL), [n] each. A
+    micro-batch is sized by the question; the tutor's is longer by its hint.
     """
     limit = args.micro_tokens
-    in_f = [s for s in samples if s.tutored]
+    tutored = [s for s in samples if s.tutored]
     others = [s for s in samples if not s.tutored]
-    in_f = common.make_micros(in_f, ["question"], run.processor, limit)
-    others = common.make_micros(others, ["question"], run.processor, limit)
+    of_f = common.make_micros(tutored, ["question"], run.processor, limit)
+    micros = of_f + common.make_micros(others, ["question"], run.processor, limit)
     with torch.no_grad():
-        for m in in_f:
+        for m in of_f:
             m.teacher = [run.teacher(tutor_batch(m, run.processor, args))]  # [n, H]
-        for m in in_f + others:
+        for m in micros:
             m.in_f = m.spread([s.tutored for s in m.samples] or [False])
-            m.failing = m.spread([s.failing for s in m.samples] or [False])
+            m.below_tau = m.spread([s.below_tau for s in m.samples] or [False])
             m.reference = None
             if OPTIMIZERS[args.optimizer].kl:
                 m.reference = run.log_probs(m, run.teacher(m.batch), run.head)
             if args.updates > 1:  # later updates need the policy that sampled, not their own
                 m.old = run.student(m.batch, functools.partial(run.log_probs, m))
-    return in_f + others
+    return micros
 
 
 def tutor_batch(m: common.Micro, processor: common.Processor, args: Args) -> dict[str, Tensor]:
@@ -376,7 +384,7 @@ def weigh(micros: list[common.Micro], run: common.Run, args: Args):
             "ptd": args.lambda_ptd * m.in_f / size_of_f.clamp(min=1),  # Eq. 11, 12; 0 / 0 is 0
         }
         if args.drop_reference_kl:
-            m.weights["kl"] = m.weights["kl"] * (1 - m.failing)
+            m.weights["kl"] = m.weights["kl"] * (1 - m.below_tau)
 
 
 # =============================================================================================== update
@@ -395,16 +403,16 @@ def update(micros: list[common.Micro], run: common.Run, args: Args) -> dict:
         everywhere["kl"] = found["kl"]
     if args.lambda_ptd:
         everywhere["tutored_tokens"] = in_f
-    tutoring = {
-        name: found[name] for name in ("ptd", "student_tail", "tutor_tail", "ptd_gap_bound")
-    }
+    tutoring = {name: found[name] for name in ("ptd", "student_tail", "tutor_tail")}
+    if args.divergence == "jsd":
+        tutoring["ptd_gap_bound"] = found["ptd_gap_bound"]
     return log | common.token_means(everywhere) | common.token_means(tutoring, in_f)
 
 
 def old_log_probs(
     m: common.Micro, hidden: Tensor, head: Tensor, run: common.Run, args: Args
 ) -> Tensor | None:
-    """Log-probs [n] when sampled; for gspo those that give every token its response's ratio (Table 4)."""
+    """Log-probs [n] when sampled; for gspo those that give every token its response's ratio."""
     if m.old is None or args.optimizer != "gspo":
         return m.old
     now = run.log_probs(m, hidden, head)  # a ratio needs all its tokens before any gradient

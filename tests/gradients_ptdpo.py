@@ -30,8 +30,8 @@ def samples_of(processor, rows, settings: dict) -> list:
     args = settings_of(settings)
     samples = fixed_samples(processor, rows, ptdpo.contexts(args))
     below, failed = ptdpo.route(gradients.CORRECT, 2, args.tau)
-    for s, in_failing_group, fails in zip(samples, below, failed):
-        s.failing = in_failing_group
+    for s, is_below, fails in zip(samples, below, failed):
+        s.below_tau = is_below
         s.tutored = (fails or args.tutor_all) and "tutor" in s.prompts
     return samples
 

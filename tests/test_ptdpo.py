@@ -287,7 +287,7 @@ def test_a_rollout_rewards_the_form_and_tutors_by_the_answer_alone(monkeypatch):
     samples = ptdpo.rollout(run.draw(), run, ptdpo.Args(prompts=3, group=2))
     assert [s.reward for s in samples] == pytest.approx([1.0, 0.9, 1.0, 0.1, 0.0, 0.9])
     assert [s.correct for s in samples] == [True, True, True, False, False, True]
-    assert [s.failing for s in samples] == [False, False, True, True, True, True]
+    assert [s.below_tau for s in samples] == [False, False, True, True, True, True]
     assert [s.tutored for s in samples] == [False, False, False, True, False, False]
     assert all(s.advantage != 0 for s in samples) and run.notes == []
     statistics = {"all_pass": 1 / 3, "informative": 2 / 3, "all_fail": 0, "without_hint": 1 / 3}
