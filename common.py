@@ -137,6 +137,8 @@ RANGES = {
     "top_p": (1e-6, 1),
     "vllm_memory": (0.01, 1),
     "seed": (0, 2**32),
+    "grad_clip": (1e-9, math.inf),
+    "timeout": (0.1, 1e5),
 }
 
 
@@ -394,13 +396,12 @@ def checked(data, numbers, name, check, skip):
 
     Stops with the others named, or leaves them out.
     """
-    from PIL.Image import DecompressionBombError
     from tqdm import tqdm
 
     def wrong(i):
         try:
             check(data[i])
-        except (OSError, ValueError, SyntaxError, DecompressionBombError) as e:  # PIL has all four
+        except Exception as e:  # PIL and templates have errors of their own
             return str(e)
 
     mine = range(rank(), len(data), world_size())
@@ -807,8 +808,12 @@ class HFEngine:
                 logits_processor=t.LogitsProcessorList([*warpers, sampler]),
             )
             sampled = output[:, batch["input_ids"].shape[1] :].tolist()
-            log_probs = torch.stack(sampler.log_probs, dim=-1).tolist()  # [B, T]
-            for ids, values in zip(sampled, log_probs):
+            log_probs = torch.stack(sampler.log_probs, dim=-1)  # [B, T]
+            if not log_probs.isfinite().all():
+                raise UserError(
+                    "the sampling model's logits are not finite: lower --lr, or look at the checkpoint"
+                )
+            for ids, values in zip(sampled, log_probs.tolist()):
                 end = next((i + 1 for i, token in enumerate(ids) if token in self.ends), None)
                 text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
                 responses.append(Response(ids[:end], end is not None, text, values[:end]))
@@ -1306,6 +1311,11 @@ class Run:
 
     def __init__(self, method, args):
         start_ranks(args)
+        ranks = world_size()
+        if args.prompts % (ranks * args.updates):
+            raise UserError(
+                f"--prompts {args.prompts} has to be a multiple of ranks x updates, {ranks} x {args.updates}"
+            )
         name = args.output or f"runs/{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.args, self.path = args, Path(all_gather_object(name)[0])
         self.settings = {"file": f"{method}.py", **dataclasses.asdict(args)}
@@ -1338,10 +1348,6 @@ class Run:
         from tqdm import tqdm
 
         args, ranks = self.args, world_size()
-        if args.prompts % (ranks * args.updates):
-            raise UserError(
-                f"--prompts {args.prompts} has to be a multiple of ranks x updates, {ranks} x {args.updates}"
-            )
         self.total = args.max_steps or int(args.epochs * len(train)) // args.prompts
         if self.total == 0:
             raise UserError(

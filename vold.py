@@ -125,12 +125,13 @@ RANGES = {
     "sft_steps": (1, math.inf),
     "group": (2, math.inf),  # GRPO compares the responses to a question with each other
     "clip_low": (0, 1),
+    "freeze_vision": (1, 1),  # training sees no images
 }
 
 
 @dataclass
 class Args(common.Args):
-    freeze_vision: bool = True  # as in the paper; training sees no images anyway
+    freeze_vision: bool = True  # as in the paper
     stage: Literal["all", "traces", "sft", "rl"] = (
         "all"  # the three in turn, or one; rl alone begins as --student is
     )
@@ -149,7 +150,7 @@ class Args(common.Args):
     sft_save_every: int = 500  # updates between checkpoints of sft, as --save-every is for rl
     beta: float = 1e-3  # weight of the distillation (Eq. 5, 6); 0 = GRPO alone
     beta_decay: float = 0.0  # beta falls by this much a step (KDRL: 5e-5)
-    beta_min: float = 0.0  # but not below this (KDRL: 1e-3), which raises a smaller --beta
+    beta_min: float = 0.0  # but not below this (KDRL: 1e-3)
     # distil wrong responses (Eq. 6), all (Eq. 5), or groups without a right one (KDRL)
     mask: Literal["response", "none", "group"] = "response"
     # of the divergence at a sampled token; k1 has no gradient in expectation
@@ -427,11 +428,9 @@ def stages(args: Args) -> tuple[Args, Args]:
     """
     common.start_ranks(args)
     ranks = common.world_size()
-    uneven = args.sft_batch % ranks or args.prompts % (ranks * args.updates)
-    if args.stage == "all" and uneven:  # said before the first stage spends its hours
+    if args.sft_batch % ranks:  # said before the first stage spends its hours
         raise common.UserError(
-            f"--sft-batch {args.sft_batch} has to be a multiple of the {ranks} ranks, and --prompts {args.prompts} "
-            f"of ranks x updates, {ranks} x {args.updates}"
+            f"--sft-batch {args.sft_batch} has to be a multiple of the {ranks} ranks"
         )
     name = args.output or f"runs/vold-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     base = Path(common.all_gather_object(name)[0])
@@ -578,9 +577,11 @@ def weigh_imitation(micros: list[common.Micro]):
 def load(run: common.Run, args: Args, of_sft: Args):
     """Rows, all checked before stages traces and sft spend their hours; these stages; then the models of rl."""
     processor = common.Processor(args.student)
-    teacher = args.teacher if args.beta else None
+    teacher = args.teacher if beta(args, 1) else None
     if teacher is not None:
         run.reader = common.Processor(teacher)
+        if not run.reader.tokenizer.chat_template:
+            raise common.UserError(f"the teacher {teacher!r} has no chat template")
         run.tags = tags_of(processor, run.reader)
     text = dataclasses.replace(args, column_problem=args.column_text)
     train = common.load_rows(text, processor, contexts(args), "problem answer")

@@ -175,7 +175,7 @@ faults(
         "limited": "flip 1, drop clamp 1, drop clamp 2",
         "terms": "flip 1, flip 2, flip 3",
         "marks": "flip 1, and 1",
-        "weigh": "flip 1, multiply 1, multiply 2, divide 1, divide 2, divide 3, drop all_sum 1",
+        "weigh": "flip 1, multiply 1, multiply 2, divide 1, drop all_sum 1",
     },
 )
 faults(

@@ -189,18 +189,25 @@ if os.environ.get("RANK") == "1":
     assert result.returncode != 0 and result.stderr.count("is not there yet") == 1, result.stderr
 
 
-def test_a_non_finite_teacher_stops_before_the_weights_move(tiny, tmp_path):
-    """A teacher with a NaN among its weights: the run says which term of which row, and saves no final checkpoint."""
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("teacher", "step 1: not finite: rank 0: std of row"),
+        ("student", "the sampling model's logits are not finite"),
+    ],
+)
+def test_a_non_finite_model_stops_before_the_weights_move(tiny, tmp_path, model, message):
+    """A NaN among its weights: the run says which term of which row, or who sampled, and saves no final checkpoint."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(tiny / "teacher", tmp_path / "broken")
+    shutil.copytree(tiny / model, tmp_path / "broken")
     weights = load_file(tmp_path / "broken" / "model.safetensors")
     weights["model.language_model.norm.weight"][0] = float("nan")
     save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
-    argv = flags(tiny, tmp_path / "run", teacher=tmp_path / "broken")
+    argv = flags(tiny, tmp_path / "run", **{model: tmp_path / "broken"})
     result = run_script("vgs.py", *argv)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert "step 1: not finite: rank 0: std of row" in result.stderr, result.stderr
+    assert message in result.stderr, result.stderr
     assert not (tmp_path / "run" / "final").exists()
 
 

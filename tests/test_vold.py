@@ -408,7 +408,9 @@ REFUSED = [
     ("--beta is -1", {"beta": -1}),
     ("--clip-low is 1.5", {"clip_low": 1.5}),
     ("--sft-batch is 0", {"sft_batch": 0}),
-    ("--prompts 4 of ranks x updates, 1 x 3", {"updates": 3}),
+    ("--prompts 4 has to be a multiple of ranks x updates, 1 x 3", {"updates": 3}),
+    ("--freeze-vision is False", {"freeze_vision": False}),
+    ("has no chat template", {"teacher": "silent"}),
     ("has no column 'nothing'", {"column_text": "nothing"}),
     ("differ in", {"student": "tagged", "teacher": "text-only"}),
 ]
@@ -416,6 +418,9 @@ REFUSED = [
 
 @pytest.mark.parametrize("message, changes", REFUSED, ids=[message for message, _ in REFUSED])
 def test_what_rl_cannot_use_stops_before_any_stage(tiny, tmp_path, message, changes):
+    if changes.get("teacher") == "silent":
+        shutil.copytree(tiny / "tagged", tiny / "silent", dirs_exist_ok=True)
+        (tiny / "silent" / "chat_template.jinja").unlink()
     models = {name: tiny / changes[name] for name in ("student", "teacher") if name in changes}
     script, *argv = arguments(tiny, tmp_path / "run", **changes | models)
     assert message in refusal(script, argv)

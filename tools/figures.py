@@ -99,6 +99,7 @@ def figure_vgs(argv):
     args = common.parse_args(vgs.Args, vgs.PRESETS, vgs.RANGES, argv)
     if not args.alpha or not max(args.gamma, args.lambda_lp):
         raise common.UserError("all four distributions are needed: --alpha 1 and --gamma above 0")
+    args.prompts = 0  # nothing is drawn
     run = common.Run("figures-vgs", args)
     processor = common.Processor(args.student)
     common.check_same_inputs(processor, common.Processor(args.teacher))
@@ -189,6 +190,7 @@ def contexts_table(run, data, args) -> list[dict]:
 
 def figure_ptdpo(argv):
     args = common.parse_args(ptdpo.Args, ptdpo.PRESETS, ptdpo.RANGES, argv)
+    args.prompts = 0  # nothing is drawn
     run = common.Run("figures-ptdpo", args)
     processor = common.Processor(args.student)
     wanted = "problem images answer hint solution"

@@ -226,7 +226,7 @@ def load_rows(args: Args, processor: common.Processor):
 
 def main():
     args = common.parse_args(Args, vigos.PRESETS, RANGES)
-    args.lora = 0  # nothing is trained
+    args.lora = args.prompts = 0  # nothing is trained
     trained = Path(args.student).parent / "args.json"
     if not args.teacher and trained.exists():
         raise common.UserError(
