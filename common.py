@@ -218,7 +218,8 @@ def launch(main):
         main()
     except KeyboardInterrupt:
         raise UserError(
-            "interrupted. The same command with the same --output goes on from the last checkpoint"
+            "interrupted. The same command with the same --output goes on from the last checkpoint of --save-every, "
+            "or begins anew where there is none"
         )
     except torch.OutOfMemoryError as e:
         raise UserError(
