@@ -137,7 +137,7 @@ RANGES = {
     "top_p": (1e-6, 1),
     "vllm_memory": (0.01, 1),
     "seed": (0, 2**32),
-    "grad_clip": (1e-9, math.inf),
+    "grad_clip": (1e-9, 1e9),
     "timeout": (0.1, 1e5),
 }
 
