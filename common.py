@@ -50,6 +50,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 
 class UserError(SystemExit):
@@ -113,7 +114,6 @@ class Args:
     loss_chunk: int = 256  # response tokens whose logits exist at the same time
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the passes; trained weights are float32
     freeze_vision: bool = False  # keep the vision tower as it is
-    lora: int = 0  # rank of LoRA adapters, whose scale is 2; 0 = train all weights
     gradient_checkpointing: bool = False  # less memory, about a third more time
     replicas: int = 1  # copies of the sharded models, as one a machine; 1 = sharded over all ranks
     timeout: float = 30.0  # minutes that ranks wait for each other; longer than the longest rollout
@@ -639,15 +639,26 @@ class Model(nn.Module):
     The loss has to be inside: under FSDP2 the head is whole only during the root's forward pass.
     """
 
-    def __init__(self, name, dtype: torch.dtype):
+    def __init__(self, name, dtype: torch.dtype, empty: bool = False):
+        """empty: without its weights and their memory."""
         super().__init__()
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        vision = hasattr(load_pretrained(name, AutoConfig), "vision_config")
+        config = load_pretrained(name, AutoConfig)
+        vision = hasattr(config, "vision_config")
         auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        self.lm = load_pretrained(name, auto, dtype=dtype)
+        if empty:
+            with torch.device("meta"):
+                self.lm = auto.from_config(config, dtype=dtype)
+        else:
+            self.lm, found = load_pretrained(name, auto, dtype=dtype, output_loading_info=True)
+            if found["missing_keys"]:
+                missing = sorted(found["missing_keys"])[:3]
+                raise UserError(
+                    f"checkpoint {name!r} has no weights for {missing}, which would be random: mend or choose another"
+                )
         self.eval()  # no dropout anywhere: the student is scored and trained as it samples
 
     def forward(self, batch, loss_fn=None):
@@ -661,43 +672,10 @@ class Model(nn.Module):
         """The whole output matrix [V, H], on every rank, without gradient."""
         return full_tensor(self.lm.lm_head.weight.detach())
 
-    def add_lora(self, r: int, seed):
-        """Freeze the weights and put adapters beside the linear layers LORA_TARGETS: W + 2 B A, B = 0 at first."""
-        from peft import LoraConfig, inject_adapter_in_model
-
-        # the same adapters on every rank, of which each keeps its shard
-        torch.manual_seed(seed)
-        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS)
-        inject_adapter_in_model(config, self.lm)
-        for name, parameter in self.lm.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-
-    def initial(self, batch) -> Tensor:
-        """Hidden states [N, H] of the model as it was before LoRA: a frozen teacher that costs no second copy."""
-        adapted = [module for module in self.modules() if hasattr(module, "lora_A")]
-        for module in adapted:
-            module.set_scale("default", 0.0)
-        hidden = self(batch)
-        for module in adapted:
-            module.set_scale("default", 1.0)
-        return hidden
-
     def weights(self):
-        """(name, whole value) of every parameter as a checkpoint has it, adapters merged. All ranks go through it."""
-        parameters = dict(self.lm.named_parameters())
-        for name, parameter in parameters.items():
-            value = full_tensor(parameter)
-            layer, base, _ = name.partition(".base_layer.weight")
-            if base:
-                a, b = (
-                    full_tensor(parameters[f"{layer}.lora_{side}.default.weight"]) for side in "AB"
-                )
-                value = value + 2 * (b.float() @ a.float()).to(value.dtype)
-            if ".lora_" not in name:
-                yield name.replace(".base_layer.", "."), value
-
-
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        """(name, whole value) of every parameter, as a checkpoint has it. All ranks go through it."""
+        for name, parameter in self.lm.named_parameters():
+            yield name, full_tensor(parameter)
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
@@ -705,20 +683,27 @@ def full_tensor(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
 
 
-def load_model(name, args, trained: bool) -> Model:
-    """A checkpoint, sharded over all ranks (FSDP2): float32 at least if it is trained, else in the compute dtype."""
+def load_model(name, args, trained: bool, kind=Model) -> Model:
+    """A checkpoint, sharded over all ranks (FSDP2): float32 at least if it is trained, else in the compute dtype.
+
+    kind: Model, or what a method makes of it.
+    """
     if world_size() % args.replicas:
         raise UserError(f"--replicas {args.replicas} does not divide the {world_size()} ranks")
     dtype = getattr(torch, args.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    model = Model(name, wide if trained else dtype).requires_grad_(trained)
-    if trained and args.lora:
-        model.add_lora(args.lora, args.seed)
+    model = kind(name, wide if trained else dtype, empty=rank() > 0)
+    if not trained:
+        model.requires_grad_(False)
+    weights = dict(model.named_parameters())
     if trained and args.freeze_vision and hasattr(model.lm.model, "visual"):
         model.lm.model.visual.requires_grad_(False)
     if trained and args.gradient_checkpointing:
-        model.lm.gradient_checkpointing_enable()
-        model.lm.train()  # transformers checkpoints in training mode only; these models have no dropout by themselves
+        name = "activation_checkpointing_enable"  # before transformers 5.2x: gradient_...
+        getattr(model.lm, name, model.lm.gradient_checkpointing_enable)()
+        # what checkpoints asks for training mode; dropout is not to know of it
+        for module in model.modules():
+            module.training = hasattr(module, "gradient_checkpointing")
     mesh = None  # all ranks
     if args.replicas > 1:
         shape = (args.replicas, world_size() // args.replicas)
@@ -730,7 +715,25 @@ def load_model(name, args, trained: bool) -> Model:
     for module in [m for m in model.modules() if type(m).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model.to(device())
+    return scatter_weights(model, weights)
+
+
+@torch.no_grad()
+def scatter_weights(model, weights: dict[str, Tensor]) -> Model:
+    """A sharded model on its device, each rank's shards and all buffers taken from the first rank's weights.
+
+    The other ranks' weights are on the meta device, so that a node's memory holds one copy, not one a rank.
+    """
+    model = model.to_empty(device=device()) if rank() > 0 else model.to(device())
+    for name, parameter in model.named_parameters():
+        whole = weights.pop(name)
+        whole = torch.empty_like(whole, device=device()) if rank() > 0 else whole.to(device())
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shard = distribute_tensor(whole, mesh, placements, src_data_rank=0)
+        parameter.to_local().copy_(shard.to_local())
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+    return model
 
 
 # =============================================================================================== rollouts
@@ -1324,20 +1327,17 @@ class Run:
         self.own, self.values, self.noted = {}, {}, set()
         self.claim_folder()
 
-    def load(self, processor, teacher):
-        """Student, rollout engine and (None: no) frozen teacher; a LoRA student holds its own initial model."""
+    def load(self, processor, teacher, student=Model):
+        """Student, rollout engine and (None: no) frozen teacher. student: Model, or what a method makes of it."""
         self.processor = processor
-        self.student = load_model(self.args.student, self.args, trained=True)
+        self.student = load_model(self.args.student, self.args, trained=True, kind=student)
         # columns that all heads have
         self.vocab = min(processor.vocab, self.student.lm.lm_head.weight.shape[0])
         self.teacher = self.head = None
         if teacher is not None:
-            own = self.args.lora and teacher == self.args.student
-            frozen = self.student if own else load_model(teacher, self.args, trained=False)
-            # fn(batch) -> hidden states [N, H]
-            self.teacher = self.student.initial if own else frozen
+            self.teacher = load_model(teacher, self.args, trained=False)
             # [V, H], whole on every rank
-            self.head = frozen.head().to(getattr(torch, self.args.dtype))
+            self.head = self.teacher.head()
             self.vocab = min(self.vocab, len(self.head))
         self.engine = ENGINES[self.args.engine](self.args.student, processor, self.args)
 

@@ -104,6 +104,7 @@ RANGES = {"updates": (1, 1), "support": (1, 1024)}
 @dataclass
 class Args(common.Args):
     method: Literal["vigos", "opsd"] = "vigos"  # three views, or one teacher for every token
+    lora: int = 0  # rank of LoRA adapters, whose scale is 2; 0 = train all weights
     column_reference: str = ""  # column that privileged teachers are shown; empty: the answer's
     weight_perception: float = 1.0  # of L_perc (0 = the paper's ablation); the weights are vigos's
     weight_reasoning: float = 1.0  # of L_rea (0 = the paper's ablation)
@@ -392,6 +393,47 @@ def extras(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
     return [m.ids]
 
 
+# =============================================================================================== LoRA
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Adapted(common.Model):
+    """Frozen weights with adapters beside the linear layers LORA_TARGETS: W + 2 B A, B = 0 at first."""
+
+    def __init__(self, name: str, dtype: torch.dtype, empty: bool, r: int, seed: int):
+        super().__init__(name, dtype, empty)
+        from peft import LoraConfig, inject_adapter_in_model
+
+        # the same adapters on every rank, of which each keeps its shard
+        torch.manual_seed(seed)
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS)
+        inject_adapter_in_model(config, self.lm)
+        for name, parameter in self.lm.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+
+    def initial(self, batch: dict) -> Tensor:
+        """Hidden states [N, H] of the model without its adapters: p_0, which costs no second copy."""
+        adapted = [module for module in self.modules() if hasattr(module, "lora_A")]
+        for module in adapted:
+            module.set_scale("default", 0.0)
+        hidden = self(batch)
+        for module in adapted:
+            module.set_scale("default", 1.0)
+        return hidden
+
+    def weights(self):
+        """See common.Model.weights; the adapters are merged."""
+        parameters = dict(self.lm.named_parameters())
+        for name, value in super().weights():
+            layer, adapted, _ = name.partition(".base_layer.weight")
+            if adapted:
+                a = common.full_tensor(parameters[f"{layer}.lora_A.default.weight"])
+                b = common.full_tensor(parameters[f"{layer}.lora_B.default.weight"])
+                value = value + 2 * (b.float() @ a.float()).to(value.dtype)
+            if ".lora_" not in name:
+                yield name.replace(".base_layer.", "."), value
+
+
 # =============================================================================================== main
 def check_tags(processor: common.Processor):
     """Stop if the tokenizer cannot write the tags: no answer would ever be in form."""
@@ -435,8 +477,19 @@ def load(run: common.Run, args: Args):
         args, processor, {"question": question}, "problem images answer", held_out=True
     )
     conflicts = load_conflicts(args, processor)
-    run.load(processor, args.student)  # each of the three teachers is the initial model
+    load_models(run, processor, args.student)
     return train, held_out, conflicts
+
+
+def load_models(run: common.Run, processor: common.Processor, initial: str):
+    """The student, and the initial model as each of the three teachers: a second copy, or the one without adapters."""
+    args = run.args
+    if not args.lora:
+        run.load(processor, initial)
+        return
+    run.load(processor, None, functools.partial(Adapted, r=args.lora, seed=args.seed))
+    run.teacher = run.student.initial
+    run.head = run.student.head().to(getattr(torch, args.dtype))
 
 
 def main():

@@ -407,7 +407,7 @@ def measure_share(micros: list[common.Micro], run: common.Run, args: Args) -> di
 # =============================================================================================== traces, sft
 TRACES = """teacher trace_data trace_split trace_column trace_rows instruction
 max_prompt max_response temperature top_p top_k seed""".split()  # what the traces depend on
-SFT = """student traces sft_batch sft_steps sft_lr sft_warmup schedule weight_decay grad_clip dtype lora""".split()
+SFT = """student traces sft_batch sft_steps sft_lr sft_warmup schedule weight_decay grad_clip dtype""".split()
 
 
 def check_same(file: Path, names: list[str], args: Args):

@@ -53,13 +53,13 @@ def stale(log_p, ids):
     return log_p + 0.1 * (ids % 7 - 3)
 
 
-def start(args, processor, teacher: str | None, output: str = "") -> common.Run:
+def start(args, processor, teacher: str | None, load=common.Run.load) -> common.Run:
     """A run with its models, that is not going to sample or take steps."""
     args.engine = "none"
     common.ENGINES["none"] = lambda *_: None
     run = common.Run.__new__(common.Run)
     run.args, run.own, run.step, run.total = args, {}, 1, 1
-    run.load(processor, teacher)
+    load(run, processor, teacher)
     return run
 
 

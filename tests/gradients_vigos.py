@@ -25,7 +25,7 @@ def gradient(tiny, processor, rows, shares, micro, chunk, settings) -> dict:
     args = vigos.Args(student=f"{tiny}/student", micro_tokens=micro, loss_chunk=chunk)
     for name, value in settings.items():
         setattr(args, name, value)
-    run = start(args, processor, args.student)
+    run = start(args, processor, args.student, vigos.load_models)
     with torch.no_grad():  # the student has moved on from the initial model
         for name, parameter in run.student.named_parameters():
             if not args.lora:

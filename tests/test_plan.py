@@ -30,7 +30,6 @@ SETTINGS = {
     "checkpointing": STANDARD
     | {"prompts": 16, "micro_tokens": 2000, "gradient_checkpointing": True},
     "small": STANDARD | {"prompts": 4, "micro_tokens": 1000},
-    "LoRA": STANDARD | {"prompts": 16, "micro_tokens": 4000, "lora": 8},
 }
 
 
@@ -46,6 +45,13 @@ def test_the_plan_is_near_the_measured_peak(models, name):
     attention = 4 * settings["micro_tokens"] * 2 * 16 * 250 * layers
     assert 0.75 < (found["planned"] + attention) / found["measured"] < 1.35, found
     assert found["parameters"][0] >= found["parameters"][1]  # adapters are not in the config
+
+
+def test_it_counts_the_adapters(models):
+    args = vigos.Args(student=str(models / "student"), lora=8)
+    model = vigos.Adapted(args.student, torch.float32, empty=True, r=8, seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.sizes_of(args.student, args).trained == trained
 
 
 def test_it_needs_configs_alone(models, tmp_path):

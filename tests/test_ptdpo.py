@@ -306,7 +306,7 @@ RUNS = [
     {"optimizer": "gspo", "updates": 2},
     {"optimizer": "gspo", "lambda_ptd": 0},
     {"tutor_context": "solution", "tutor_all": ""},
-    {"lora": 4, "dtype": "bfloat16"},
+    {"dtype": "bfloat16"},
 ]
 
 

@@ -98,9 +98,8 @@ def test_standard_logs_what_the_formula_says(tiny, tmp_path):
 
 MIXED = dict(alpha=0.3, group=2, updates=2, gradient_checkpointing=True)
 TWO_RANKS = [
-    dict(lora=4, dtype="bfloat16", measure_eta=1, eval_rows=1),
+    dict(dtype="bfloat16", measure_eta=1, eval_rows=1),
     pytest.param(MIXED, marks=pytest.mark.slow),
-    pytest.param(dict(dtype="bfloat16", measure_eta=1), marks=pytest.mark.slow),
     pytest.param(dict(replicas=2), marks=pytest.mark.slow),
 ]
 

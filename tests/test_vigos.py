@@ -211,7 +211,8 @@ def run_of(tiny):
 
     def begin(**settings):
         args = vigos.Args(student=str(tiny / "student"), dtype="float32", **settings)
-        return start(args, common.Processor(args.student), args.student), args
+        processor = common.Processor(args.student)
+        return start(args, processor, args.student, vigos.load_models), args
 
     yield begin
     torch.distributed.destroy_process_group()

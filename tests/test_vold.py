@@ -288,8 +288,8 @@ def test_the_same_line_goes_on_with_the_stage_that_is_not_finished(tiny, tmp_pat
     assert {stage: weights_of(run / stage) for stage in ("sft", "rl")} == finals
 
     shutil.rmtree(run / "rl")
-    assert "other settings (sft_lr 5e-05 -> 0.5, lora 0 -> 4)" in refusal(
-        argv[0], [*argv[1:], "--sft-lr", "0.5", "--lora", "4"]
+    assert "other settings (sft_lr 5e-05 -> 0.5, dtype float32 -> bfloat16)" in refusal(
+        argv[0], [*argv[1:], "--sft-lr", "0.5", "--dtype", "bfloat16"]
     )
 
 
@@ -386,7 +386,7 @@ VARIANTS = [
     {"mask": "none", "updates": 2, "ratio": "sequence"},
     {"mask": "group", "estimator": "k3"},
     {"teacher": "text-only", "kl_tokens": "sum", "beta_decay": 0.01, "beta_min": 0.05},
-    {"lora": 4, "dtype": "bfloat16"},
+    {"dtype": "bfloat16"},
 ]
 
 
@@ -435,10 +435,10 @@ def test_the_models_of_a_stage_are_gone_before_the_next(tiny, tmp_path, monkeypa
     closed, made, alive, students = [], [], [], []
     load_model = common.load_model
 
-    def load(name, args, trained):
+    def load(name, args, trained, **more):
         gone = [student() is None for student in students]
         assert all(gone), f"{name} is loaded beside the student of the stage before"
-        model = load_model(name, args, trained)
+        model = load_model(name, args, trained, **more)
         if trained and args.stage == "sft":
             students.append(weakref.ref(model))
         return model

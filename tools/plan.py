@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import common
+import vigos
 
 GIB = 2**30
 
@@ -54,12 +55,13 @@ def sizes_of(name, args) -> Sizes:
     trained = count(lm)
     if args.freeze_vision and sees:
         trained -= count(lm.model.visual)
-    if args.lora:
-        ends = tuple(common.LORA_TARGETS)
+    rank = getattr(args, "lora", 0)
+    if rank:
+        ends = tuple(vigos.LORA_TARGETS)
         adapted = [
             m for n, m in lm.named_modules() if isinstance(m, nn.Linear) and n.endswith(ends)
         ]
-        trained = sum(args.lora * (m.in_features + m.out_features) for m in adapted)
+        trained = sum(rank * (m.in_features + m.out_features) for m in adapted)
     text = config.get_text_config()
     # A block whose attention keeps no probabilities keeps twenty vectors of the hidden size (what norms, queries, keys,
     # values and outputs need) and four of the inner one, counted on Qwen3's.
@@ -105,7 +107,7 @@ def plan_memory(args, gpus, card, teacher, contexts, kept) -> dict[str, tuple[fl
         f"activations of {tokens:,} tokens": (0, narrow * tokens * saved),
         "loss: logits of a chunk, head's gradient": (0, logits + head),
     }
-    if teacher and not (args.lora and teacher == args.student):
+    if teacher and not getattr(args, "lora", 0):
         t = sizes_of(teacher, args)
         need["teacher, sharded"] = (narrow * t.parameters / shards,) * 2
         need["teacher's output matrix, whole"] = (narrow * t.vocab * t.hidden,) * 2
