@@ -34,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -47,10 +48,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+
+from kernels.vocab import vocab_loss, vocab_terms
 
 
 class UserError(SystemExit):
@@ -101,6 +105,9 @@ class Args:
     top_p: float = 1.0  # nucleus sampling; 1 = off
     top_k: int = 0  # sample among the k likeliest tokens; 0 = off
     max_prompt: int = 1024  # longest prompt in tokens, image tokens included
+    eval_max_prompt: int = 0  # longest held-out prompt; 0 = as --max-prompt
+    min_pixels: int = 0  # smaller images are enlarged to so many pixels; 0 = as the checkpoint says
+    max_pixels: int = 0  # larger images are reduced to so many pixels; 0 = as the checkpoint says
     max_response: int = 64  # longest response in tokens; longer ones are cut off and kept
 
     epochs: float = 1.0  # passes over the data
@@ -129,7 +136,7 @@ class Args:
 
 # What a run that goes on may change, for it learns the same.
 HARMLESS = """output tracker save_every eval_data eval_split eval_every eval_rows rollout_batch
-vllm_memory timeout replicas micro_tokens loss_chunk gradient_checkpointing""".split()
+vllm_memory timeout replicas eval_max_prompt micro_tokens loss_chunk gradient_checkpointing""".split()
 COUNTS = "prompts group updates rollout_batch max_prompt max_response micro_tokens loss_chunk replicas".split()
 RANGES = {
     **dict.fromkeys(COUNTS, (1, math.inf)),
@@ -142,12 +149,11 @@ RANGES = {
 }
 
 
-def parse_args(
-    cls, presets: dict[str, dict], ranges: dict[str, tuple], argv: list[str] | None = None
-):
+def parse_args(cls, presets, ranges, argv=None):
     """Command line -> settings: the dataclass's defaults, then the preset, then the flags.
 
-    ranges: the method's settings -> (smallest, largest) value. What has no range must be finite and not negative.
+    presets: name -> values of some settings. ranges: the method's settings -> (smallest, largest) value. What has no
+    range must be finite and not negative.
     """
     import tyro
 
@@ -247,7 +253,7 @@ def all_gather_object(x) -> list:
     return parts
 
 
-def quantile(x: Tensor, q: list[float]) -> Tensor:
+def quantile(x: Tensor, q) -> Tensor:
     """Quantiles of the vectors x [n_r] of all ranks together, linearly interpolated; inf where there is no element.
 
     quantile([0, 1, 2, 3, 4, 5], [0.4, 0.7]) -> [2.0, 3.5]. torch.quantile takes 16 million elements at most.
@@ -313,7 +319,9 @@ def load_data(name, split):
     try:
         if path.is_file():
             kind = path.suffix[1:].replace("jsonl", "json")
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
+            # "NA" is an answer
+            more = {"keep_default_na": False} if kind == "csv" else {}
+            return datasets.load_dataset(kind, data_files=str(path), split="train", **more)
         if (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(*str(path).split(":"), split=split)
@@ -322,11 +330,11 @@ def load_data(name, split):
 
 
 def open_images(images, root: Path) -> list:
-    """PIL images, {"bytes", "path"}, bytes, or paths relative to the data, alone or in a list -> RGB images.
+    """PIL images, {"bytes", "path"}, bytes, or paths relative to the data, alone or in a list -> upright RGB images.
 
     What is transparent stands on white. Raises ValueError or OSError where one cannot be read.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     opened = []
     for image in images if isinstance(images, list) else [images]:
@@ -334,10 +342,9 @@ def open_images(images, root: Path) -> list:
             image = image.get("bytes") or image.get("path")
         if isinstance(image, (bytes, str)):
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(root, image))
-        if image is None:
-            continue
         if not isinstance(image, Image.Image) or image.mode.startswith(("I", "F")):
             raise ValueError(f"{str(image)[:60]!r} is no path, bytes or image with 8 bits a colour")
+        image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -345,25 +352,40 @@ def open_images(images, root: Path) -> list:
     return opened
 
 
+def select_columns(data, columns, name):
+    """The named columns, and the rows' numbers as one more; stops with those named that are not there or no texts."""
+    theirs = set(columns.values())
+    if not theirs <= set(data.column_names):
+        data = data.flatten()  # --column-answer reward_model.ground_truth
+    for ours, column in columns.items():
+        if column not in data.column_names:
+            raise UserError(
+                f"data set {name!r} has no column {column!r}; it has: {', '.join(data.column_names)}. Say which one "
+                f"holds the {ours} with --column-{ours} NAME (text alone, in vold.py: --column-text, --trace-column)"
+            )
+        kind = data.features[column]
+        if ours != "images" and type(kind).__name__ in ("dict", "Json"):
+            raise UserError(
+                f"column {column!r} of {name!r} holds {kind}. Name one part of an object with a dot, as in "
+                f"--column-{ours} {column}.text; write cells of several types all as texts"
+            )
+    return data.select_columns(sorted(theirs)).add_column("index", range(len(data)))
+
+
 def load_rows(args, processor, contexts, names, held_out=False, optional="", pick=0):
     """The training or held-out rows (None without --eval-data), each read and checked before any model is loaded.
 
     A row is {problem, images, answer, ..., index}, its images decoded when it is read. contexts: name -> fn(row) ->
     Context, whose prompts have to fit. names: the columns that the method needs, which --column-NAME names in the data;
-    optional: those of them that a row may leave empty. pick: a fixed random choice of so many.
+    optional: those of them that a row may leave empty, as images always are. pick: a fixed random choice of so many.
     """
-    name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
+    name, split, limit = args.data, args.data_split, args.max_prompt
+    if held_out:
+        name, split, limit = args.eval_data, args.eval_split, args.eval_max_prompt or limit
     if held_out and not name:
         return None
     columns = {column: getattr(args, f"column_{column}") for column in names.split()}
-    data = load_data(name, split)
-    for ours, theirs in columns.items():
-        if theirs not in data.column_names:
-            raise UserError(
-                f"data set {name!r} has no column {theirs!r}; it has: {', '.join(data.column_names)}. Say which one "
-                f"holds the {ours} with --column-{ours} NAME (text alone, in vold.py: --column-text, --trace-column)"
-            )
-    data = data.select_columns(sorted(set(columns.values()))).add_column("index", range(len(data)))
+    data = select_columns(load_data(name, split), columns, name)
     pick = args.eval_rows if held_out else pick
     if 0 < pick < len(data):  # the same in every run; data sets are often sorted
         data = data.shuffle(seed=0).select(range(pick))
@@ -372,60 +394,86 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
 
     def read(batch):
         rows = {ours: batch[theirs] for ours, theirs in columns.items()} | {"index": batch["index"]}
-        rows["problem"] = [question_of(problem) for problem in rows["problem"]]
-        if "images" in rows:
-            rows["images"] = [open_images(images, root) for images in rows["images"]]
+        images = rows.get("images") or [[]] * len(batch["index"])
+        opened = [open_images(cell or [], root) for cell in images]
+        rows["problem"], rows["images"] = zip(*map(marked, rows["problem"], opened))
         return rows
 
     def check(row):
         for column, theirs in columns.items():
-            if column not in optional.split() and is_empty(row[column]):
+            if column not in ["images", *optional.split()] and is_empty(row[column]):
                 raise ValueError(f"there is no {column} (column {theirs!r})")
-        if not isinstance(row["problem"], str):
-            raise ValueError(f"the question is no text ({str(row['problem'])[:60]!r})")
         for context in contexts.values():
             view = context(row)
             if view is not None:
-                processor.check(view, args.max_prompt)
+                processor.check(view, limit)
 
-    numbers = data["index"]
-    return checked(data.with_transform(read), numbers, name, check, args.skip_bad_rows)
-
-
-def checked(data, numbers, name, check, skip):
-    """The rows that check(row) lets pass, read once, each rank its share; numbers: what to call them.
-
-    Stops with the others named, or leaves them out.
-    """
-    from tqdm import tqdm
-
-    def wrong(i):
-        try:
-            check(data[i])
-        except Exception as e:  # PIL and templates have errors of their own
-            return str(e)
-
-    mine = range(rank(), len(data), world_size())
-    with ThreadPoolExecutor(8) as pool:
-        found = pool.map(wrong, mine)
-        bar = tqdm(found, f"checking {name}", len(mine), leave=False, disable=rank() > 0)
-        found = [(i, message) for i, message in zip(mine, bar) if message]
-    bad = dict(sorted(sum(all_gather_object(found), [])))
-    first = [f"\n  row {numbers[i]}: {message}" for i, message in list(bad.items())[:20]]
-    listed = f"{len(bad)} of {len(data)} rows of {name!r} cannot be used:" + "".join(first)
-    if len(bad) == len(data) or bad and not skip:
-        raise UserError(f"{listed}\nMend them, or leave them out with --skip-bad-rows")
+    numbers, data = data["index"], data.with_transform(read)
+    bad = faults_of(data, check, name)
+    listed = "\n  ".join(
+        [f"{len(bad)} of {len(data)} rows of {name!r} cannot be used:"]
+        + [f"row {numbers[i]}: {fault}" for i, fault in list(bad.items())[:20]]
+    )
+    # what is measured is measured on all rows
+    if bad and (held_out or not args.skip_bad_rows or len(bad) == len(data)):
+        raise UserError(
+            f"{listed}\nMend them; training rows can be left out with --skip-bad-rows. Relative image paths begin at "
+            "the data, those of a hub data set where you start: unpack its images there"
+        )
     if bad:
         say(f"{listed}\nThey are left out")
     return data.select([i for i in range(len(data)) if i not in bad])
 
 
-def question_of(problem):
-    """The first user turn of a chat; what is no chat is the question itself."""
-    if not isinstance(problem, list):
-        return problem
-    turns = [turn for turn in problem if isinstance(turn, dict) and turn.get("role") == "user"]
-    return turns[0].get("content") if turns else ""
+def faults_of(data, check, name):
+    """What check(row) raises, by the row's place; every row is read once, by one of the ranks."""
+    from tqdm import tqdm
+
+    def fault(i):
+        try:
+            check(data[i])
+        except Exception as e:  # PIL and templates have errors of their own
+            return f"{e!s:.200}"
+
+    mine = range(rank(), len(data), world_size())
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(fault, mine)
+        bar = tqdm(found, f"checking {name}", len(mine), leave=False, disable=rank() > 0)
+        found = [(i, message) for i, message in zip(mine, bar) if message]
+    return dict(sorted(sum(all_gather_object(found), [])))
+
+
+def marked(problem, images) -> tuple[str, list]:
+    """A question and its images, in the order of their marks, where it has any: <image>, or <image 1>, <image 2>.
+
+    A chat is read if it is one user turn, in text or parts, with or without a system turn, which then stands in front.
+    Raises ValueError for a longer one, and where marks and images differ.
+    """
+    turns = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
+    roles = [turn.get("role") for turn in turns]
+    if roles not in (["user"], ["system", "user"]):
+        raise ValueError(
+            f"a chat of {roles} is no question: it may have one user turn, and a system turn before it"
+        )
+    texts = []
+    for turn in turns:
+        text = turn.get("content")
+        if isinstance(text, list):
+            text = "".join(part["text"] or f"<{part['type']}>" for part in text)
+        texts.append(text)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"the question is no text ({problem!s:.60})")
+    text = "\n\n".join(texts)
+    marks = re.findall(r"<(?:image|video) ?(\d*)>", text)
+    numbers = [int(mark or i) for i, mark in enumerate(marks, 1)]
+    if marks and set(numbers) != set(range(1, len(images) + 1)) or "<video" in text:
+        raise ValueError(f"it marks images or videos {numbers}, and has {len(images)} images")
+    if marks:
+        images = [images[number - 1] for number in numbers]
+    text = re.sub(r"<image ?\d+>", "<image>", text)
+    if not text.replace("<image>", "").strip():
+        raise ValueError("there is no question")
+    return text, images
 
 
 def is_empty(value) -> bool:
@@ -463,13 +511,12 @@ def message(role: str, text, images: int = 0) -> dict:
 
     message("user", "<image>How many?", 1) -> content [image, "How many?"]; with 0 -> ["How many?"]
     """
-    pieces = [piece for piece in re.split(r"(<image>)", text.lstrip()) if piece]
-    if pieces.count("<image>") != images:
-        pieces = ["<image>"] * images + [text.replace("<image>", "").lstrip()]
-    content = [{"type": "text", "text": piece} for piece in pieces]
-    for part in content:
-        if part["text"] == "<image>":
-            part |= {"type": "image", "text": ""}
+    if text.count("<image>") != images:
+        text = "<image>" * images + text.replace("<image>", "").lstrip()
+    content = []
+    for piece in filter(None, re.split("(<image>)", text.lstrip())):
+        image = piece == "<image>"
+        content.append({"type": "image" if image else "text", "text": "" if image else piece})
     return {"role": role, "content": content}
 
 
@@ -479,7 +526,8 @@ BREAK = "\ue0ff"  # private use: stands in a text where no token may reach acros
 class Processor:
     """Tokenizer and image processor of one checkpoint: contexts -> prompts, prompts + responses -> batches."""
 
-    def __init__(self, name):
+    def __init__(self, name, args=None):
+        """args: for --min-pixels and --max-pixels."""
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
         self.name = name
@@ -487,10 +535,17 @@ class Processor:
         self.config = load(AutoConfig)
         self.tokenizer = load(AutoTokenizer)
         self.image_id = getattr(self.config, "image_token_id", None)  # None: a text-only model
+        limits = {key: getattr(args, key, 0) for key in ("min_pixels", "max_pixels")}
+        self.pixels = {key: value for key, value in limits.items() if value}
         self.images = None
-        if self.image_id is not None:
+        if hasattr(self.config, "vision_config"):
             # everywhere: pixels differ between backends
-            self.images = load(AutoImageProcessor, backend="pil")
+            self.images = load(AutoImageProcessor, backend="pil", **self.pixels)
+            if not hasattr(self.images, "merge_size"):
+                raise UserError(
+                    f"{name!r} is {self.config.model_type}. Models that see have to be of Qwen2-VL's line: Qwen2-VL, "
+                    "Qwen2.5-VL, Qwen3-VL, Qwen3.5, or a mixture of experts of the last two"
+                )
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
         # A sampled image placeholder would promise the next forward pass an image that is not there.
@@ -516,6 +571,8 @@ class Processor:
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
+        if context.prefill and text.rstrip().endswith("<think>"):
+            raise ValueError("the chat template opens <think>, in which the answer cannot begin")
         return text + context.prefill
 
     def tokenize(self, text) -> list[int]:
@@ -536,20 +593,27 @@ class Processor:
         if not images:
             return Prompt(ids)
         pixels = self.images(images=images, return_tensors="pt")
-        grid = pixels["image_grid_thw"]
-        sizes = iter((grid.prod(-1) // self.images.merge_size**2).tolist())
-        expanded = []
-        for token in ids:
-            expanded += [token] * (next(sizes) if token == self.image_id else 1)
-        return Prompt(expanded, pixels["pixel_values"], grid, images)
+        return Prompt(ids, pixels["pixel_values"], pixels["image_grid_thw"], images)
 
     def ids_of(self, text, images) -> list[int]:
-        """Token ids with one placeholder an image. Raises ValueError if the text does not show the images."""
+        """Token ids, an image's placeholder as often as it has merged patches. No pixels are made.
+
+        Raises ValueError if the text does not show the images.
+        """
         ids = self.tokenize(text)
         shown = ids.count(self.image_id)
         if shown != len(images):
             raise ValueError(f"{self.name!r} shows {shown} of the prompt's {len(images)} images")
-        return ids
+        left = iter(images)
+        expanded = []
+        for token in ids:
+            count = 1
+            if token == self.image_id:
+                image = next(left)
+                patches = self.images.get_number_of_image_patches(image.height, image.width)
+                count = patches // self.images.merge_size**2
+            expanded += [token] * count
+        return expanded
 
     def check(self, context, limit):
         """Raises ValueError where a context cannot be used. Cheap: no pixels are made."""
@@ -557,21 +621,26 @@ class Processor:
         for part in (part for turn in context.messages for part in turn["content"]):
             if self.escape(part["text"]).strip() not in text:
                 raise ValueError(f"the chat template leaves out {part['text'].strip()[:60]!r}")
-        # Each placeholder gives way to its image's tokens.
-        size = len(self.ids_of(text, context.images)) - len(context.images)
-        for image in context.images:
-            patches = self.images.get_number_of_image_patches(image.height, image.width)
-            size += patches // self.images.merge_size**2
+        size = len(self.ids_of(text, context.images))
         if size > limit:
-            raise ValueError(f"the prompt has {size} tokens; the limit is {limit} (--max-prompt)")
+            raise ValueError(
+                f"the prompt has {size} tokens; the limit is {limit} (--max-prompt, --eval-max-prompt; large images: "
+                "--max-pixels)"
+            )
 
-    def batch(self, prompts, responses) -> dict[str, Tensor]:
+    def batch(self, prompts, responses, images: bool = True) -> dict[str, Tensor]:
         """Right-padded inputs, and in rows/cols the positions [N] whose hidden states predict the sampled tokens.
 
         The token at c is predicted at c - 1. Prompt of 3 tokens, response of 2 -> cols 2, 3. Nobody attends to the
         padding behind, so there is no mask, and attention takes its fast causal path.
+
+        images: whether other ranks' batches show some. They wait for this rank in every layer, the vision tower's too:
+        where nothing is here, or nothing is to be seen, a prompt without a response is added.
         """
         pairs = list(zip(prompts, responses))
+        images = images and self.images is not None
+        if not pairs or images and not any(prompt.images for prompt in prompts):
+            pairs.append((self.dummy(images), Response([])))
         batch = self.pad([Prompt(p.ids + r.ids, p.pixels, p.grid) for p, r in pairs])
         del batch["attention_mask"]
         places = []
@@ -593,18 +662,20 @@ class Processor:
                 batch["image_grid_thw"] = torch.cat([p.grid for p in shown])
         return batch
 
-    def dummy(self, image: bool = True) -> Prompt:
-        """For a rank without work: an image where the others have some, so that its vision tower runs as theirs do."""
+    def dummy(self, image: bool) -> Prompt:
+        """A prompt for nobody, with an image if the model sees."""
         from PIL import Image
 
-        images = []
-        if image and self.image_id is not None:
-            images = [Image.new("RGB", (128, 128))]
+        images = [Image.new("RGB", (128, 128))] if image else []
         return self.encode(Context([message("user", "a", len(images))], images))
 
 
 def load_pretrained(name, auto, **settings):
     """auto.from_pretrained of a checkpoint; what cannot be read is named."""
+    if Path(locate(name), "adapter_config.json").exists():
+        raise UserError(
+            f"{name!r} holds adapters: merge them into their model (peft: merge_and_unload)"
+        )
     try:
         return auto.from_pretrained(locate(name), trust_remote_code=False, **settings)
     except Exception as e:
@@ -615,20 +686,20 @@ def load_pretrained(name, auto, **settings):
         )
 
 
+IMAGE_KEYS = "patch_size merge_size temporal_patch_size size image_mean image_std".split()
+
+
 def check_same_inputs(student, teacher):
     """The teacher reads the student's prompts and response ids: stop if they would mean something else to it."""
-    theirs = teacher.tokenizer.get_vocab()
-    different = [
-        token for token, i in student.tokenizer.get_vocab().items() if theirs.get(token) != i
-    ]
-    keys = ("patch_size", "merge_size", "temporal_patch_size", "size", "image_mean", "image_std")
-    for key in keys:
-        if getattr(student.images, key, None) != getattr(teacher.images, key, None):
-            different.append(f"images' {key}")
+    both = []
+    for processor in (student, teacher):
+        images = {key: str(getattr(processor.images, key, "")) for key in IMAGE_KEYS}
+        both.append((processor.tokenizer.get_vocab() | images).items())
+    different = sorted({key for key, _ in both[0] ^ both[1]})
     if different:
         raise UserError(
             f"student {student.name!r} and teacher {teacher.name!r} read tokens or images differently: "
-            f"{sorted(different)[:3]}. Choose models of one family"
+            f"{different[:3]}. Choose models of one family"
         )
 
 
@@ -688,14 +759,12 @@ def load_model(name, args, trained: bool, kind=Model) -> Model:
 
     kind: Model, or what a method makes of it.
     """
-    if world_size() % args.replicas:
-        raise UserError(f"--replicas {args.replicas} does not divide the {world_size()} ranks")
     dtype = getattr(torch, args.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     model = kind(name, wide if trained else dtype, empty=rank() > 0)
     if not trained:
         model.requires_grad_(False)
-    weights = dict(model.named_parameters())
+    weights = model.state_dict()
     if trained and args.freeze_vision and hasattr(model.lm.model, "visual"):
         model.lm.model.visual.requires_grad_(False)
     if trained and args.gradient_checkpointing:
@@ -704,33 +773,18 @@ def load_model(name, args, trained: bool, kind=Model) -> Model:
         # what checkpoints asks for training mode; dropout is not to know of it
         for module in model.modules():
             module.training = hasattr(module, "gradient_checkpointing")
-    mesh = None  # all ranks
-    if args.replicas > 1:
-        shape = (args.replicas, world_size() // args.replicas)
-        mesh = dist.device_mesh.init_device_mesh(
-            device().type, shape, mesh_dim_names=("replicate", "shard")
-        )
+    shape = (args.replicas, world_size() // args.replicas)
+    mesh = init_device_mesh(device().type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
     blocks = set(model.lm._no_split_modules or ())
     for module in [m for m in model.modules() if type(m).__name__ in blocks]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return scatter_weights(model, weights)
-
-
-@torch.no_grad()
-def scatter_weights(model, weights: dict[str, Tensor]) -> Model:
-    """A sharded model on its device, each rank's shards and all buffers taken from the first rank's weights.
-
-    The other ranks' weights are on the meta device, so that a node's memory holds one copy, not one a rank.
-    """
-    model = model.to_empty(device=device()) if rank() > 0 else model.to(device())
-    for name, parameter in model.named_parameters():
-        whole = weights.pop(name)
-        whole = torch.empty_like(whole, device=device()) if rank() > 0 else whole.to(device())
-        mesh, placements = parameter.device_mesh, parameter.placements
-        shard = distribute_tensor(whole, mesh, placements, src_data_rank=0)
-        parameter.to_local().copy_(shard.to_local())
+    # The first rank has read the weights: a node's memory holds one copy, not one a rank.
+    if rank() > 0:
+        model.to_empty(device=device())
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model.to(device()), weights, options=options)
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
     return model
@@ -831,12 +885,14 @@ class Sampler:
     batch, and on how many ranks the batch is spread, changes nothing.
     """
 
-    def __init__(self, seeds: list[int] | None, length: int):
+    def __init__(self, seeds, length):
         """seeds: one a response, of at most `length` tokens; None: greedy. log_probs: a [B] a step."""
         self.log_probs, self.numbers = [], None
         if seeds is not None:
-            draw = functools.partial(torch.rand, length, dtype=torch.float64)
-            rows = [draw(generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            rows = []
+            for seed in seeds:
+                generator = torch.Generator().manual_seed(seed)
+                rows.append(torch.rand(length, dtype=torch.float64, generator=generator))
             self.numbers = torch.stack(rows).to(device())  # [B, T] in [0, 1)
 
     def __call__(self, input_ids, scores):
@@ -871,11 +927,12 @@ class VLLMEngine:
             model=locate(name),
             dtype=args.dtype,
             seed=args.seed,
-            max_model_len=args.max_prompt + args.max_response,
+            max_model_len=max(args.max_prompt, args.eval_max_prompt) + args.max_response,
             max_num_seqs=args.rollout_batch,
             gpu_memory_utilization=args.vllm_memory,
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             limit_mm_per_prompt=limits,
+            mm_processor_kwargs=limits and processor.pixels,
             enforce_eager=not self.gpu,
             enable_sleep_mode=self.gpu,
             logprobs_mode="processed_logprobs",
@@ -974,7 +1031,7 @@ class Sample:
     advantage: float = 0.0
 
 
-def sample_responses(engine, rows, contexts, args) -> list[Sample]:
+def sample_responses(engine, rows, contexts, args):
     """`group` consecutive responses a row, sampled under the first of the contexts (name -> fn(row) -> Context).
 
     Each is drawn with a seed of its own: from --seed, the row's number among all that the run draws, and its number in
@@ -1001,9 +1058,7 @@ def reward_answers(samples, group, reward=None):
     reward: fn(sample) -> number; default: 1 for a right answer, else 0. A response that was cut off has not answered.
     """
     for s in samples:
-        s.correct = s.response.finished and is_correct(
-            extract_answer(s.response.text), s.row["answer"]
-        )
+        s.correct = is_right(s.response, s.row["answer"])
         s.reward = reward(s) if reward else float(s.correct)
     advantages = group_advantages(torch.tensor([s.reward for s in samples]), group)
     for s, advantage in zip(samples, advantages.tolist()):
@@ -1024,17 +1079,14 @@ class Micro:
     def __init__(self, samples, contexts, processor, images: bool = True):
         responses = [s.response for s in samples]
         prompts = [s.prompts[name] for name in contexts for s in samples]
-        if not samples:  # this rank has run out of work, and the others wait for it in every layer
-            responses = [Response([])]
-            prompts = [processor.dummy(images)] * len(contexts)
         self.samples, self.contexts = samples, len(contexts)
-        self.batch = processor.batch(prompts, responses * len(contexts))
+        self.batch = processor.batch(prompts, responses * len(contexts), images)
         self.lengths = [sum(r.mask) for r in responses]
         tokens = [token for r in responses for token, sampled in zip(r.ids, r.mask) if sampled]
         self.ids = torch.tensor(tokens, dtype=torch.long, device=device())
         self.length = self.spread(self.lengths)
         self.response = self.spread(range(len(responses)), torch.long)
-        self.advantage = self.spread([s.advantage for s in samples] or [0.0])
+        self.advantage = self.spread([s.advantage for s in samples])
         self.sampled = torch.tensor([x for r in responses for x in r.log_probs], device=device())
         self.old = None
         self.teacher = []
@@ -1043,15 +1095,15 @@ class Micro:
 
     def spread(self, values, dtype=torch.float32) -> Tensor:
         """A number a response -> [n]. Responses of 2 and 1 tokens, [7, 8] -> [7, 7, 8]."""
-        repeats = torch.tensor(self.lengths)
+        repeats = torch.tensor(self.lengths, dtype=torch.long)
         return torch.tensor(list(values), dtype=dtype).repeat_interleave(repeats).to(device())
 
-    def by_context(self, hidden) -> list[Tensor]:
+    def by_context(self, hidden):
         """Hidden states of the whole batch [contexts * n, H] -> one [n, H] a context."""
         return list(hidden.view(self.contexts, -1, hidden.shape[-1]))
 
 
-def make_micros(samples, contexts, processor, limit, images=True) -> list[Micro]:
+def make_micros(samples, contexts, processor, limit, images=True):
     """Samples in micro-batches of at most `limit` tokens (or one sequence), each sequence once a context.
 
     Sequences of similar length go together. All ranks get equally many micro-batches, the last ones empty: every pass
@@ -1091,82 +1143,6 @@ def entropy(log_p: Tensor) -> Tensor:
 def gather(log_p: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities [N, V] of the tokens ids [N] -> [N]."""
     return log_p.gather(-1, ids[:, None]).squeeze(-1)
-
-
-def chunks(pairs, extras, vocab, size: int):
-    """Yields (rows, logits [n, V] of each pair (hidden, head), each extra [n] or None), `size` tokens at a time."""
-    for start in range(0, max(len(pairs[0][0]), 1), size):  # an empty batch is one empty chunk
-        rows = slice(start, start + size)
-        logits = [hidden[rows] @ head[:vocab].T for hidden, head in pairs]
-        wide = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
-        yield rows, wide, [None if x is None else x[rows] for x in extras]
-
-
-@torch.no_grad()
-def vocab_terms(fn, pairs, extras=(), vocab=None, chunk: int = 256) -> Tensor:
-    """Per-token terms [K, N] of an equation over the vocabulary, without gradient: fn(*logits, *extras) -> K x [n].
-
-    pairs: (hidden [N, H], head [V, H]) for each logits argument. Only the first `vocab` columns of every head are used
-    (what the models share). Logits exist for `chunk` tokens at a time.
-    """
-    pieces = chunks(pairs, extras, vocab, chunk)
-    return torch.cat([torch.stack(fn(*logits, *extra)) for _, logits, extra in pieces], dim=-1)
-
-
-class _VocabLoss(torch.autograd.Function):
-    """See vocab_loss. Its forward pass already takes the gradient of every chunk, and keeps only that."""
-
-    @staticmethod
-    def forward(ctx, fn, weights, frozen, extras, vocab, chunk, head, *hidden):
-        # many small chunks would round away in less
-        wide = torch.promote_types(head.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=head.device)
-        grad_hidden = [torch.zeros_like(h) for h in hidden]
-        grad_head = None  # of a frozen head (LoRA) nobody wants one
-        if ctx.needs_input_grad[6]:
-            grad_head = torch.zeros_like(head, dtype=wide)
-        found = []
-        pairs = [(h, head) for h in hidden] + list(frozen)
-        for rows, logits, extra in chunks(pairs, extras, vocab, chunk):
-            ours = [z.requires_grad_() for z in logits[: len(hidden)]]
-            with torch.enable_grad():
-                terms = torch.stack(fn(*ours, *logits[len(hidden) :], *extra))  # [K, n]
-                if weights.shape != (len(terms), len(hidden[0])):  # which would broadcast
-                    raise ValueError(
-                        f"weights {list(weights.shape)} for {len(terms)} terms a token"
-                    )
-                parts = weights[:, rows] * terms
-                # no weight: may be anything
-                loss = parts.masked_fill(weights[:, rows] == 0, 0.0).sum()
-            grads = torch.autograd.grad(loss, ours, allow_unused=True, materialize_grads=True)
-            for h, grad_h, g in zip(hidden, grad_hidden, grads):
-                g = g.to(head.dtype)  # [n, V]
-                grad_h[rows] = g @ head[:vocab]
-                if grad_head is not None:
-                    grad_head[:vocab] += g.T @ h[rows]
-            total += loss.detach()
-            found.append(terms.detach())
-        ctx.save_for_backward(None if grad_head is None else grad_head.to(head.dtype), *grad_hidden)
-        terms = torch.cat(found, dim=-1)
-        ctx.mark_non_differentiable(terms)
-        return total, terms
-
-    @staticmethod
-    def backward(ctx, upstream, _):
-        return (None,) * 6 + tuple(g if g is None else g * upstream for g in ctx.saved_tensors)
-
-
-def vocab_loss(
-    fn, weights: Tensor, hidden, head: Tensor, frozen=(), extras=(), vocab=None, chunk=256
-):
-    """sum over k, t of weights[k, t] * terms[k, t], where terms = fn(*logits, *frozen_logits, *extras): K tensors [n].
-
-    hidden: the student's hidden states [N, H], one tensor a context; they share head [V, H]. frozen: (hidden, head)
-    pairs of teachers, without gradient. weights [K, N] must be final, divisors included: that allows the gradient to be
-    taken chunk by chunk, so that each head is multiplied once and no logits are kept. Returns (loss, terms [K, N]
-    detached). Raises ValueError where weights has another shape.
-    """
-    return _VocabLoss.apply(fn, weights, tuple(frozen), tuple(extras), vocab, chunk, head, *hidden)
 
 
 def group_advantages(rewards: Tensor, group) -> Tensor:
@@ -1213,53 +1189,89 @@ def sequence_old(now: Tensor, old: Tensor, divisor, response: Tensor) -> Tensor:
 
 
 # =============================================================================================== answers
+def is_right(response, answer) -> bool:
+    """Whether a response answers right, in training and in evaluation. One that was cut off has not answered."""
+    return response.finished and is_correct(extract_answer(response.text), answer)
+
+
 def extract_answer(text) -> str | None:
-    r"""The content of the last complete \boxed{...}; without one, the text after the last </reason>; else None.
+    r"""Where in a response the answer is; None: nowhere.
 
-    "<reason>.</reason> \boxed{\frac{1}{2}}" -> "\frac{1}{2}".  "<reason>.</reason> (c)" -> "(c)".  "so 4" -> None
+    What stands behind the last </reason>, </think> or </description> counts; a thought that is still open has no
+    answer. There it is the content of the last complete \boxed{...} or <answer>; without one, behind a closed thought,
+    all of it.
+
+    "<reason>.</reason> \boxed{\frac{1}{2}}" -> "\frac{1}{2}".  "<reason>\boxed{3}</reason> (c)" -> "(c)".  "4" -> None
     """
-    content = boxed(text)
-    if content is not None:
-        return content
-    _, tag, tail = text.rpartition("</reason>")
-    return (tail.strip() or None) if tag else None
+    import regex
 
-
-def boxed(text) -> str | None:
-    r"""The content of the last complete \boxed{...} of a text, or None. In linear time."""
-    # braces that are open: where the content begins, or -1 of any other brace
-    opened, last = [], (-1, -1)
-    for match in re.finditer(r"\\boxed\s*\{|[{}]", text):
-        if match[0] != "}":
-            opened.append(-1 if match[0] == "{" else match.end())
-        elif opened:
-            last = max(last, (opened.pop(), match.start()))
-    return text[slice(*last)].strip() if last[0] >= 0 else None
+    *thoughts, tail = re.split("</(?:reason|think|description)>", text)
+    if re.search("<(?:reason|think|description)>", tail):
+        return None
+    answer = tail if thoughts else ""
+    # braces in pairs, to any depth, from each \boxed to the next: in linear time
+    for piece in re.sub("(?s)<answer>(.*?)</answer>", r"\\boxed{\1}", tail).split("\\boxed")[1:]:
+        box = regex.match(r"\s*(\{(?:[^{}]++|(?1))*+\})", piece)
+        answer = box[1][1:-1] if box else answer
+    return answer.strip() or None
 
 
 def is_correct(prediction: str | None, answer) -> bool:
-    """Whether an extracted answer equals the reference: as text, then as option letter, as number, by math-verify last.
+    """Whether an extracted answer equals the reference. docs/answers.md has the rule in words.
 
-    answer: a string or number, or a list of them, of which each is right.
+    answer: a string or number, or a list of them, of which each is right. It may be a response with its answer in a
+    box, or behind "####".
     """
     if prediction is None:
         return False
     if isinstance(answer, list):
         return any(is_correct(prediction, one) for one in answer)
-    ours, gold = plain(prediction), plain(extract_answer(str(answer)) or str(answer))
+    gold = str(answer).rpartition("####")[2]
+    return same(plain(prediction), plain(extract_answer(gold) or gold))
+
+
+def same(ours: str, gold: str) -> bool:
+    """Whether two plain answers are equal. The form of the gold decides how they are compared."""
     if ours.casefold() == gold.casefold():
-        return True
-    if as_option(gold):
-        return as_option(ours) == as_option(gold)
-    numbers = as_number(ours), as_number(gold)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
+        return bool(gold)
     # no short answer is this long, and a symbolic parser can be made to hang by one
     if max(len(ours), len(gold)) > 200:
         return False
+    (letter, text), (right, meaning) = as_option(ours), as_option(gold)
+    if right and not letter:
+        return same(ours, meaning)
+    if right:
+        return letter == right and (not text or not meaning or same(text, meaning))
+    (brackets, parts), (needed, golds) = as_list(ours), as_list(gold)
+    shorter, longer = sorted((len(parts), len(golds)))
+    if longer > 1 and (shorter > 1 or brackets == needed):
+        equal = map(same, parts, golds)
+        if re.search(r"^\{|\bor\b", gold):  # a set has no order
+            equal = (any(same(one, other) for one in parts) for other in golds)
+        return shorter == longer and brackets == needed and all(equal)
+    return same_quantity(ours, gold)
+
+
+def same_quantity(ours, gold) -> bool:
+    """Equal values, of one unit where both have one; 50 % is 0.5, and 50 as well."""
+    (value, unit), (right, needed) = as_quantity(ours), as_quantity(gold)
+    if unit and needed and unit != needed:
+        return False
+    if isinstance(value, str) or isinstance(right, str):
+        return is_mathematics(f"{value}\n{right}") and same_mathematics(str(value), str(right))
+    if unit == needed or "%" not in (unit, needed):
+        return value == right
+    return right in (value, value / 100 if unit == "%" else value * 100)
+
+
+def same_mathematics(ours: str, gold: str) -> bool:
+    """By math-verify. It takes tiny numbers for equal, so that the quotient is looked at; and it is not symmetric."""
     from math_verify import parse, verify
 
-    return verify(parse(f"\\boxed{{{gold}}}"), parse(f"\\boxed{{{ours}}}"))
+    a, b = parse(f"\\boxed{{{ours}}}"), parse(f"\\boxed{{{gold}}}")
+    if all(getattr(x, "is_rational", False) for x in a[:1] + b[:1]):
+        a, b = parse("1"), parse(rf"\boxed{{\frac{{{ours}}}{{{gold}}}}}")
+    return verify(b, a, float_rounding=12) or verify(a, b, float_rounding=12)
 
 
 def all_answers(answer) -> list[str]:
@@ -1267,34 +1279,107 @@ def all_answers(answer) -> list[str]:
     return [str(one).strip() for one in (answer if isinstance(answer, list) else [answer])]
 
 
+# Other ways to write the same: pattern => how it is written here; \040 is a blank.
+SPELLINGS = r"""
+\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathit|mbox)\s*\{([^{}]*)\} => \1
+<\|[^|]*\|>|\\(?:left|right)(?![a-z])|\\[,;:!]|\\[()\[\]]|\\?\$ =>
+\\quad\b|~ => \040
+(?<!\\)\\(?=[{}% ]) =>
+(?<=\d)\{,\}(?=\d) => ,
+[\u2010-\u2015\u2212] => -
+\u2044 => /
+\\[dtc]frac => \\frac
+\\varnothing => \\emptyset
+(?<!\\)(?:√|sqrt) ?\(?(\w+)\)? => \\sqrt{\1}
+(?<![\\a-z])pi(?![a-z]) => \\pi
+\*\*(?=\w) => ^
+\^?\{? ?\\(?:circ|degree)\b ?\}?|(?<=\d) ?degrees? => °
+(?<=\d) ?percent => %
+(?<=\d) ?([kcm]?)(?:ilo|enti|illi)?(m)et(?:er|re)s?\b => \040\1\2
+(?<=\d) ?([kcm]?)(?:ilo|enti|illi)?(g)rams?\b => \040\1\2
+(?<=\d) ?(h)ours?\b|(?<=\d) ?(min)utes?\b|(?<=\d) ?(s)ec(?:ond)?s?\b => \040\1\2\3
+\^\{?(st|nd|rd|th)\b\}? => \1
+\^(-?\d{2,}) => ^{\1}
+\^\{(\w)\} => ^\1
+(?<=\d) ?[x×*] ?(?=10\^) => \\cdot\040
+(?<![\d.])(\d+) (\d+)/(\d+)\b => \1\\frac{\2}{\3}
+\\frac ?(\d) ?(\d) => \\frac{\1}{\2}
+^(-?)\\frac\{(-?\d+)\}\{(\d+)\}(?![\w^!({\\]) => \1\2/\3
+(?<![\d,.])(\d{1,3})[, ](\d{3})(?:[, ](\d{3}))?(?![,\d]) => \1\2\3
+^(.*?)\\pm ?(.*)$ => {\1+\2, \1-\2}
+(?i)^.*\banswer(?: is)?:?\s =>
+\s+ => \040
+"""
+AROUND = " *\"'`"  # what may stand around an answer
+
+
 def plain(text) -> str:
-    r"""Without what stands around an answer: "$\text{Yes}$." -> "Yes"."""
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text.strip())
-    return re.sub(r"</?answer>", "", text).strip().strip("$").strip().rstrip(".").strip()
+    r"""An answer in the usual spelling, without what stands around it: "$\text{Yes}$." -> "Yes"; "1{,}0" -> "1,0"."""
+    # before the characters lose their place: x² is not x2, and 1½ not 11/2
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text)
+    text = re.sub("(?<=[0-9])(?=[¼-¾⅐-⅞])", " ", text)
+    text = unicodedata.normalize("NFKC", text).strip(AROUND)
+    for line in SPELLINGS.strip().split("\n"):
+        pattern, _, usual = line.partition(" =>")
+        text = re.sub(pattern, usual.strip(), text)
+    return text.strip(AROUND).rstrip(".。" + AROUND)
 
 
-def as_option(text) -> str | None:
-    """ "(B)", "B", "b." or "B: blue" -> "B"; anything else -> None."""
-    match = re.fullmatch(r"\(?([A-Za-z])(?:\)|[.:)].*)?", text, re.S)
-    return match[1].upper() if match else None
+# a letter, and behind it no other one: "A) or B)" is none
+OPTION = (
+    r"(?i:(?:option|choice|answer) )?[(\[]?([A-Za-z])(?:[)\]:]+|\.(?= |$)| -(?= )|$)"
+    r"(?!.*\b(?!A [a-z]|I [a-z])[A-Z]\b)(.*)"
+)
 
 
-def as_number(text) -> Fraction | None:
-    """ "1,200", "-3", "0.50", "3/4", "12 %" -> its exact value."""
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.replace("\u2212", "-"))
-    text = text.removesuffix("%").replace("\\", "").strip()
-    match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:\s*/\s*(\d+))?", text)
-    if not match or len(text) > 60 or match[2] and int(match[2]) == 0:
-        return None
-    return Fraction(match[1]) / int(match[2] or 1)
+def as_option(text) -> tuple[str, str]:
+    """ "(B)", "b.", "Option B" or "B - blue" -> "B" and the text behind it; anything else -> "", ""."""
+    match = re.fullmatch(OPTION, text, re.S)
+    return (match[1].upper(), match[2].strip()) if match else ("", "")
 
 
-def evaluate(engine, data, context) -> float:
-    """Greedy accuracy (Acc@1) on held-out rows, shared out over the ranks. context: fn(row) -> Context."""
-    rows = [data[i] for i in range(rank(), len(data), world_size())]
-    responses = engine.generate([engine.processor.encode(context(row)) for row in rows])
-    right = [is_correct(extract_answer(r.text), row["answer"]) for r, row in zip(responses, rows)]
-    return mean_over_ranks({"acc@1": right})["acc@1"]
+def as_list(text) -> tuple[str, list[str]]:
+    r"""Brackets and parts: "(1, 2)" -> "()", ["1", "2"]; "1 and 2" or "{1, 2}" -> "", ...; "B, A" -> "", ["A", "B"]."""
+    if re.fullmatch("[A-H]{2,}", text):  # options
+        return "", list(text)
+    match = re.fullmatch(r"([(\[{])((?!.*[)\]].*[(\[]).*)([)\]}])", text)
+    brackets, inside = (match[1] + match[3], match[2]) if match else ("", text)
+    parts = re.split(r" ?(?:, ?(?:and|or)\b|[,;]|\b(?:and|or)\b) ?(?![^(\[{]*[)\]}])", inside)
+    if all(re.fullmatch("[A-H]", part) for part in parts):
+        parts.sort()
+    return brackets.replace("{}", ""), parts
+
+
+NUMBER = r"[-+]?(?:\d+/0*[1-9]\d*|\d*\.?\d+(?:[eE][-+]?\d{1,3})?)"
+# of words, or of one letter that is no variable; "or more" is none
+UNIT = (
+    r"(?!.*(?<![^\W\d_°])(?:[a-fijkn-rt-zABD-IM-UX-Z]|or|and|to|more|less|sin|cos|tan|log|ln)(?![^\W\d_]))"
+    r"(?:[^\W\d_]|[ °%/.·])*(?:(?<=[a-z])\^-?\d)?"
+)
+
+
+def as_quantity(text) -> tuple[Fraction | str, str]:
+    """Value and unit: "0.50 cm" -> 1/2, "cm"; "2 apples" -> 2, "apple"; what has no unit -> itself and ""."""
+    match = re.fullmatch(rf"(.*?[\d}}]) ?({UNIT})", text)
+    value, unit = match.groups() if match else (text, "")
+    if re.fullmatch(NUMBER, value):
+        value = Fraction(value)
+    return value, unit.removesuffix("s") or unit
+
+
+# there is a digit, an operator or a command
+MATHEMATICS = r"[\d\\=+*/^<>-]"
+# and no word, code (A1), date, ratio or time (1:2), pair of numbers (1 2), order (B-A)
+TEXT = (
+    r"(?<![^\W\d_])(?!(?:[abcxyz]{2}|sin|cos|tan|log|ln)(?![^\W\d_]))[^\W\d_]{2}"
+    r"|[^\W\d_]\d|\d([-/.])\d+\1\d|\d:\d|(?<![_^\d])\d+ \d|\b[A-Z][->][A-Z]\b"
+)
+
+
+def is_mathematics(text) -> bool:
+    """Whether to parse a text."""
+    names = re.sub(r"\\(?:begin|end|mathbb) ?\{\w+\}|\\[A-Za-z]+", " ", text)
+    return bool(re.search(MATHEMATICS, text)) and not re.search(TEXT, names)
 
 
 # =============================================================================================== runs
@@ -1316,9 +1401,10 @@ class Run:
     def __init__(self, method, args):
         start_ranks(args)
         ranks = world_size()
-        if args.prompts % (ranks * args.updates):
+        if args.prompts % (ranks * args.updates) or ranks % args.replicas:
             raise UserError(
-                f"--prompts {args.prompts} has to be a multiple of ranks x updates, {ranks} x {args.updates}"
+                f"--prompts {args.prompts} has to be a multiple of ranks x updates, {ranks} x {args.updates}, and the "
+                f"ranks one of --replicas, {args.replicas}"
             )
         name = args.output or f"runs/{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.args, self.path = args, Path(all_gather_object(name)[0])
@@ -1382,7 +1468,7 @@ class Run:
         self.save("final")
         self.finish()
 
-    def draw(self) -> list[dict]:
+    def draw(self):
         """This rank's part of the next batch, update by update; row["draw"] is its number among all that are drawn."""
         numbered = list(enumerate(next(self.order), self.drawn * self.args.prompts))
         self.drawn += 1
@@ -1477,14 +1563,18 @@ class Run:
         self.mark = now
 
     def evaluate(self, held_out, context, others):
+        """Greedy accuracy (Acc@1) on each set of held-out rows, shared out over the ranks."""
         self.mark = time.perf_counter()
         sets = ({} if held_out is None else {"acc@1": held_out}) | (others or {})
         if not sets:
             return
         for name, rows in sets.items():
-            score = evaluate(self.engine, rows, context)
-            self.own.setdefault(f"{name} at first", score)
-            self.log({name: score})
+            mine = [rows[i] for i in range(rank(), len(rows), world_size())]
+            prompts = [self.processor.encode(context(row)) for row in mine]
+            pairs = zip(self.engine.generate(prompts), mine)
+            found = mean_over_ranks({name: [is_right(r, row["answer"]) for r, row in pairs]})
+            self.own.setdefault(f"{name} at first", found[name])
+            self.log(found)
         self.phase("evaluate")
         if self.step == 0:
             self.write_metrics()
@@ -1666,10 +1756,9 @@ def data_order(rows, prompts, seed):
 def make_optimizer(model, args, updates):
     """AdamW (decay on matrices only), and a schedule over `updates`: warm-up, then constant, linear or cosine to 0."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    matrices = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
     def factor(step: int) -> float:
         if step < args.warmup:
@@ -1682,7 +1771,7 @@ def make_optimizer(model, args, updates):
         }
         return falling[args.schedule]
 
-    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 

@@ -68,6 +68,8 @@ from kernels import topk_tail_divergence
 
 # =============================================================================================== settings
 HUB = dict(
+    min_pixels=200_704,
+    max_pixels=1_003_520,
     data="PAPOGalaxy/PAPO_ViRL39K_train",
     epochs=2,
     prompts=384,
@@ -206,7 +208,9 @@ def well_formed(text: str) -> bool:
     thought, closed, rest = text.partition("</think>")
     if not closed or "<think>" in thought.lstrip().removeprefix("<think>"):
         return False
-    return "<think>" not in rest and "</think>" not in rest and common.boxed(rest) is not None
+    return (
+        "<think>" not in rest and "</think>" not in rest and common.extract_answer(rest) is not None
+    )
 
 
 def route(correct: list[bool], group: int, tau: float) -> tuple[list[bool], list[bool]]:
@@ -347,8 +351,8 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
         for m in of_f:
             m.teacher = [run.teacher(tutor_batch(m, run.processor, args))]  # [n, H]
         for m in micros:
-            m.in_f = m.spread([s.tutored for s in m.samples] or [False])
-            m.below_tau = m.spread([s.below_tau for s in m.samples] or [False])
+            m.in_f = m.spread([s.tutored for s in m.samples])
+            m.below_tau = m.spread([s.below_tau for s in m.samples])
             m.reference = None
             if OPTIMIZERS[args.optimizer].kl:
                 m.reference = run.log_probs(m, run.teacher(m.batch), run.head)
@@ -359,10 +363,8 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
 
 def tutor_batch(m: common.Micro, processor: common.Processor, args: Args) -> dict[str, Tensor]:
     """The responses of a micro-batch behind what the tutor knows. A rank without failures takes part all the same."""
-    if not m.samples:
-        return processor.batch([processor.dummy(not args.blind_tutor)], [common.Response([])])
     prompts = [s.prompts["tutor"] for s in m.samples]
-    return processor.batch(prompts, [s.response for s in m.samples])
+    return processor.batch(prompts, [s.response for s in m.samples], not args.blind_tutor)
 
 
 # =============================================================================================== weigh
@@ -422,7 +424,7 @@ def old_log_probs(
 # =============================================================================================== main
 def load(run: common.Run, args: Args):
     """Training rows and held-out rows, all checked; then the models."""
-    processor = common.Processor(args.student)
+    processor = common.Processor(args.student, args)
     if args.teacher:
         raise common.UserError(
             "--teacher is not for this method: its tutor is --student, before it is trained"

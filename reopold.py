@@ -72,6 +72,8 @@ HUB = dict(prompts=128, group=8, micro_tokens=16384, gradient_checkpointing=True
 VISUAL = HUB | dict(
     teacher="Qwen/Qwen2.5-VL-32B-Instruct",
     data="xyliu6/geometry3k",
+    min_pixels=262_144,
+    max_pixels=1_000_000,
     updates=2,
     max_prompt=2048,
     max_response=2048,
@@ -561,10 +563,10 @@ def load_questions(args: Args, processor, answers: bool, held_out: bool = False)
 
 def load(run: common.Run, args: Args):
     """Training rows and held-out rows, all checked; then the models, and who samples."""
-    processor = common.Processor(args.student)
+    processor = common.Processor(args.student, args)
     teacher = None if args.method == "grpo" else args.teacher
     if teacher is not None:
-        reader = common.Processor(teacher)
+        reader = common.Processor(teacher, args)
         common.check_same_inputs(processor, reader)
     if args.calls:
         check_tools(processor, args)

@@ -321,10 +321,10 @@ def check(args: Args):
 
 def load(run: common.Run, args: Args):
     """Training rows and held-out rows, all checked; then the models."""
-    processor = common.Processor(args.student)
+    processor = common.Processor(args.student, args)
     teacher = args.teacher if args.alpha else None
     if teacher is not None:
-        common.check_same_inputs(processor, common.Processor(teacher))
+        common.check_same_inputs(processor, common.Processor(teacher, args))
     names = "problem images answer" if args.alpha < 1 else "problem images"
     train = common.load_rows(args, processor, contexts(args), names)
     held_out = common.load_rows(

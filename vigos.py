@@ -352,8 +352,6 @@ def read_as(name: str, samples: list[common.Sample], run: common.Run, args: Args
         prompts.append(s.prompts[name])
         places = marked[first:]  # whose hidden states are returned
         responses.append(common.Response(s.response.ids[first:], mask=places))
-    if not prompts:  # the model is sharded, and other ranks may have some
-        prompts, responses = [run.processor.dummy()], [common.Response([])]
     return run.teacher(run.processor.batch(prompts, responses))
 
 
@@ -466,7 +464,7 @@ def load_conflicts(args: Args, processor: common.Processor) -> dict:
 
 def load(run: common.Run, args: Args):
     """Training rows and held-out rows, all checked; then the models."""
-    processor = common.Processor(args.student)
+    processor = common.Processor(args.student, args)
     check_tags(processor)
     if args.teacher:
         raise common.UserError(

@@ -256,8 +256,8 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
     with torch.no_grad():
         for m in micros:
             # A rank without work has one response, of no tokens.
-            m.correct = m.spread([s.correct for s in m.samples] or [0])
-            m.distilled = m.spread([s.distilled for s in m.samples] or [0])
+            m.correct = m.spread([s.correct for s in m.samples])
+            m.distilled = m.spread([s.distilled for s in m.samples])
             m.known, m.log_q = torch.zeros_like(m.length), None
             if run.teacher is not None:
                 m.known, m.log_q = teacher_log_probs(m.samples, run, args)
@@ -542,7 +542,7 @@ def read_traces(folder: Path, args: Args) -> list[dict]:
 def sft(traces: list[dict], args: Args):
     """The student learns to write the traces: Eq. 4."""
     run = common.Run("vold", args)
-    processor = common.Processor(args.student)
+    processor = common.Processor(args.student, args)
     held_out = load_held_out(args, processor)
     run.load(processor, None)
     for _ in run.steps(traces, held_out, functools.partial(with_image, args=args)):
@@ -576,10 +576,10 @@ def weigh_imitation(micros: list[common.Micro]):
 # =============================================================================================== main
 def load(run: common.Run, args: Args, of_sft: Args):
     """Rows, all checked before stages traces and sft spend their hours; these stages; then the models of rl."""
-    processor = common.Processor(args.student)
+    processor = common.Processor(args.student, args)
     teacher = args.teacher if beta(args, 1) else None
     if teacher is not None:
-        run.reader = common.Processor(teacher)
+        run.reader = common.Processor(teacher, args)
         if not run.reader.tokenizer.chat_template:
             raise common.UserError(f"the teacher {teacher!r} has no chat template")
         run.tags = tags_of(processor, run.reader)

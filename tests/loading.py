@@ -26,7 +26,8 @@ def main():
     checkpoint, out = sys.argv[1:]
     args = common.Args(student=checkpoint, dtype="bfloat16")
     common.start_ranks(args)
-    import transformers  # noqa: F401: what it takes is no model's
+    # what these take is no model's
+    import transformers  # noqa: F401
     from transformers import AutoModelForImageTextToText  # noqa: F401
 
     common.Model(checkpoint, torch.float32, empty=True)  # and neither are the classes

@@ -203,14 +203,18 @@ faults(
         "clipped_surrogate": "drop minimum 1, subtract 1, add 1, drop clamp 1, flip 1",
         "token_means": "multiply 1, divide 1",
         "Processor.batch": "subtract 1, add 1",
-        "Processor.encode_text": "flip 1",
+        "Processor.ids_of": "flip 2",
         "Sampler.__call__": "flip 1",
         "Run.backward": "multiply 1",
         "Run.draw": "multiply 1",
         "Run.update": "not 1, subtract 1",
         "make_optimizer": "divide 1, subtract 1",
-        "_VocabLoss.forward": "multiply 1",
     },
+)
+faults(
+    "kernels/vocab.py",
+    "test_common.py test_vgs_exact.py test_distributed.py",
+    {"_VocabLoss.forward": "multiply 1"},
 )
 faults(
     "common.py",
@@ -218,7 +222,6 @@ faults(
     {
         "k3": "subtract 1, subtract 2",
         "sequence_old": "subtract 1, divide 1, subtract 2",
-        "Model.weights": "add 1, multiply 1",
     },
 )
 faults(

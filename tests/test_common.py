@@ -231,7 +231,7 @@ def test_micro_spreads_numbers_over_sampled_tokens(tiny):
     empty = common.Micro([], ["x", "x"], processor)
     assert (
         len(empty.ids) == len(empty.length) == len(empty.sampled) == 0
-        and len(empty.batch["input_ids"]) == 2
+        and len(empty.batch["input_ids"]) == 1
     )
 
 

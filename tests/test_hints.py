@@ -2,11 +2,14 @@
 
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
-from conftest import run_here, run_script
+from conftest import ROOT, run_here, run_script
 
 import common
 from tools import hints
@@ -84,14 +87,117 @@ def test_a_planted_option_is_rejected():
     assert fault("The side is 6.", lengths, "B") == "option"
 
 
+OPTIONS = "Which is it? (A) a red ball (B) a blue cone (C) a cube (D) a ring"
+POINTS = f"The points B, C and D lie on a line. {OPTIONS}"
+
+
+@pytest.mark.parametrize("answer", ["B", "(b)", "B. a blue cone", "a blue cone"])
+@pytest.mark.parametrize(
+    "spoiler",
+    [
+        "Take the second option.",
+        "Take the 2nd of the choices.",
+        "The second answer option fits.",
+        "Pick the second.",
+        "Choose the second one, then check.",
+        "It is option two.",
+        "It is option 2.",
+        "Choice number two fits.",
+        "B is right.",
+        "b is correct.",
+        "See why B must be the answer.",
+        "B is the only option that fits, B looks right.",
+        "The right one is B.",
+        "Rule out A, C and D.",
+        "Rule out options A and D, then the third option.",
+    ],
+)
+def test_an_option_is_named_by_its_letter_or_its_place(spoiler, answer):
+    assert fault(spoiler, OPTIONS, answer) == "option"
+    if not spoiler.startswith("Rule out"):  # also where B is a point in the question
+        assert fault(spoiler, POINTS, answer) == "option"
+
+
+@pytest.mark.parametrize("spoiler", ["So B.", "B fits best.", "It leads to B.", "**B** is taller."])
+def test_a_letter_alone_names_an_option_unless_the_question_has_it(spoiler):
+    assert fault(spoiler, OPTIONS, "B") == "option"
+    assert fault(spoiler, POINTS, "B") is None
+
+
+def test_the_first_and_the_last_option_are_named():
+    for spoiler in ("Take the first option.", "A is right.", "So A.", "A fits.", "Option one."):
+        assert fault(spoiler, OPTIONS, "A") == "option", spoiler
+    for spoiler in ("Take the last option.", "Pick the last one.", "Take the fourth choice."):
+        assert fault(spoiler, OPTIONS, "D") == "option", spoiler
+    assert (
+        fault("Take the last option.", "Which of A to D is it?", "D") is None
+    )  # D of four or five?
+    for spoiler in ("A and C are right.", "Take option C.", "Look for a cube."):
+        assert fault(spoiler, OPTIONS, "A, C") == "option", spoiler
+
+
+@pytest.mark.parametrize("answer", "ABCD")
+@pytest.mark.parametrize(
+    "good",
+    [
+        "Choose a point.",
+        "Start in the second row.",
+        "Draw a line.",
+        "Compare both hands.",
+        "Compare the options one by one.",
+        "Measure the angle at B and the side from A to C.",
+        "Angle A is the largest; label the vertices B, C and D.",
+        "First, options that are no solids are out.",
+        "Rule out each option. Two, three or four may be left, or one.",
+        "Two of the options have corners.",
+        "A line leads to the first and second row, then the last one.",
+        "Read the answer off; it is to the right of the box.",
+    ],
+)
+def test_a_good_hint_names_no_option(good, answer):
+    assert fault(good, OPTIONS, answer) is None
+
+
+def test_points_of_the_question_are_no_options():
+    for good in ("B is left of C.", "B is right of D.", "Start at B.", "D is to the right of B."):
+        assert fault(good, POINTS, "B") is None, good
+    assert fault("B is left of C.", OPTIONS, "B") == "option"
+    assert fault("Look at point B.", "Which point is it?", "B") == "option"
+    segments = "Which is longest? (A) AC (B) AB (C) BC"
+    assert fault("Take the second option.", segments, "AB") == "option"
+    assert fault("Take the first option.", segments, "AB") is None
+    yes = "Is it closed? (A) Yes (B) No"
+    assert fault("There is no gap.", yes, "B") is None
+    assert fault("The answer is no.", yes, "B") == "option"
+    assert fault("Rule out option A.", yes, "B") == "option"  # only B is left
+
+
 GUISES = {
-    "47": ["So 47 remain.", "So forty-seven remain.", "So 47.0 remain."],
+    "47": [
+        "So 47 remain.",
+        "So forty-seven remain.",
+        "So 47.0 remain.",
+        "So forty seven remain.",
+        "So Forty  Seven remain.",
+        "It is forty-seven-fold.",
+    ],
     "3": ["There are three of them."],
-    "21": ["There are twenty-one of them."],
+    "20": ["There are twenty and five of them."],
+    "21": ["There are twenty-one of them.", "There are twenty one of them."],
+    "24": ["There are two dozen of them."],
+    "200": ["There are two hundred.", "There are 2 hundred."],
+    "100": ["There are a hundred.", "There are one hundred."],
+    "105": ["There are one hundred and five.", "There are one hundred five."],
+    "1200": ["There are twelve hundred.", "There are one thousand two hundred of them."],
+    "205040": ["There are two hundred five thousand and forty of them."],
+    "4500000": ["There are 4.5 million of them."],
+    "7.5": ["It is seven point five."],
+    "3/4": ["It is three quarters.", "It is three-quarters of it."],
+    "2/3": ["It is two thirds."],
     "\\boxed{7}": ["So the answer is 7."],
     "\\text{Yes}": ["The answer is yes."],
     "8 cm": ["The height is 8.", "It is 8 cm."],
-    "\\frac{1}{2}": ["It is 1/2.", "It is 0.5.", "It is \\frac{1}{2}."],
+    "\\frac{1}{2}": ["It is 1/2.", "It is 0.5.", "It is \\frac{1}{2}.", "It is one half."],
     "2\\sqrt{3}": ["It is 2√3.", "It is $2\\sqrt{3}$."],
     "1,200": ["It is 1200."],
     "a cone": ["It is a cone."],
@@ -102,6 +208,34 @@ GUISES = {
 def test_a_planted_answer_is_rejected_in_every_guise(answer, spoilers):
     for spoiler in spoilers:
         assert fault(spoiler, "How much is it?", answer) == "answer", spoiler
+
+
+def test_words_that_are_no_numbers_pass():
+    good = "Count them one by one; no one counts twice. Start in the second row, in its left half."
+    for answer in ("1", "1/2", "11", "101"):
+        assert fault(good, "How many?", answer) is None
+    assert fault("Take seven. Five more.", "How many?", "12") is None
+    assert fault("Take seven and five more.", "How many?", "12") is None
+    assert fault("Of the forty seven dots, take the red.", "Of 47 dots?", "47") is None
+    with_commas = "How many of 1,200 dots?"
+    assert fault("Start with 1,200 dots.", with_commas, "30") is None
+
+
+def test_a_number_of_the_solution_in_words_is_one():
+    solution = "14 * 3 = 42, so 42 + 5 = 47"
+    assert fault("Fourteen of them count.", "How many?", "47", solution) == "number"
+    assert fault("Forty two of them count.", "How many?", "47", solution) == "number"
+    assert fault("All three of them count.", "How many?", "47", solution) is None
+    assert fault("Fourteen of them count.", "How many of 14?", "47", solution) is None
+
+
+def test_the_check_of_endless_digits_and_words_ends():
+    solution = "9" * 5000
+    for number in ("9" * 5000, "1/0", "million " * 150, "seven " * 150, f"1/{'9' * 5000}"):
+        start = time.perf_counter()
+        assert fault(f"Take {number} dots.", "How many?", "4", solution) in ("number", None)
+        assert fault("Take a dot.", "How many?", number, solution) is None
+        assert time.perf_counter() - start < 2
 
 
 def test_good_hints_pass():
@@ -150,8 +284,8 @@ def test_a_copied_run_of_the_solution_is_one():
 
 # ----------------------------------------------------------------------------------------------- real runs
 class Server:
-    """An endpoint that speaks the protocol. reply: fn(body, number of the request) -> bytes, an HTTP status, or None:
-    the connection is cut off in the middle of an answer."""
+    """An endpoint that speaks the protocol. reply: fn(body, number of the request) -> bytes; or a status, bytes and
+    perhaps headers; or None: the connection is cut off in the middle of an answer."""
 
     def __init__(self, reply):
         self.seen, self.keys = [], []
@@ -164,8 +298,10 @@ class Server:
                 answer = reply(body, len(self.seen))
                 if answer is None:
                     return handler.connection.close()
-                status, data = (200, answer) if isinstance(answer, bytes) else answer
+                status, data, *headers = (200, answer) if isinstance(answer, bytes) else answer
                 handler.send_response(status)
+                for name, value in dict(*headers).items():
+                    handler.send_header(name, value)
                 handler.send_header("Content-Type", "application/json")
                 handler.end_headers()
                 handler.wfile.write(data)
@@ -174,6 +310,7 @@ class Server:
                 pass
 
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *_: None  # of a client that waits no longer
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def __enter__(self):
@@ -282,8 +419,8 @@ def test_a_start_goes_on_where_the_last_one_stopped(hinted, tiny, tmp_path):
 
 
 @pytest.fixture
-def asked(tmp_path):
-    """fn(reply) -> status and words of a start on three rows with an endpoint that replies so, and its records."""
+def three(tmp_path):
+    """Three rows, whose questions are one, two and three; the folder of their hints is beside them."""
     from PIL import Image
 
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
@@ -292,47 +429,219 @@ def asked(tmp_path):
         for name in ("one", "two", "three"):
             row = {"problem": name, "images": "picture.png", "answer": f"Zürich {name}"}
             f.write(json.dumps(row) + "\n")
+    return data
 
-    def run(reply):
+
+def records_of(data) -> list[dict]:
+    file = data.parent / "hints" / "hints.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def asked(three):
+    """fn(reply, flags) -> status and words of a start on three rows with an endpoint that replies so, their records,
+    and the questions that were asked."""
+
+    def run(reply, *flags, alone: bool = False):
         with Server(reply) as server:
-            argv = ["--data", data, "--output", tmp_path / "hints", "--endpoint", server.url]
-            status, said = run_hints(*argv, "--model", "any", "--attempts", 0)
+            argv = ["--data", three, "--output", three.parent / "hints", "--endpoint", server.url]
+            status, said = run_hints(*argv, "--model", "any", *flags, alone=alone)
         assert "Zürich" not in said and "Z\\u00fcrich" not in said, said
-        lines = (tmp_path / "hints" / "hints.jsonl").read_text().splitlines()
-        return status, said, {r["row"]: r for r in map(json.loads, lines)}
+        return (
+            status,
+            said,
+            {r["row"]: r for r in records_of(three)},
+            list(map(asked_in, server.seen)),
+        )
 
     return run
 
 
-@pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_refused_request_costs_one_row_and_is_not_quoted(asked, status):
+AGAIN_AT_ONCE = {"retry-after-ms": "1"}
+HANG = threading.Event()  # never set: a request that waits for it gets no answer
+
+
+def overload(status):
+    return lambda body: (status, b"{}", AGAIN_AT_ONCE)
+
+
+def refusal_of(status):
+    return lambda body: (
+        status,
+        json.dumps({"error": {"message": f"not: {asked_in(body)}"}}).encode(),
+    )
+
+
+FAILING = {
+    "hangs": ("timeout", lambda body: HANG.wait(60)),
+    "429": ("overloaded", overload(429)),
+    "500": ("overloaded", overload(500)),
+    "cut": ("disconnected", lambda body: None),
+    "400": ("refused", refusal_of(400)),
+    "413": ("refused", refusal_of(413)),
+    "422": ("refused", refusal_of(422)),
+    "error": ("refused", lambda body: refusal_of(200)(body)[1]),
+    "null": ("refused", lambda body: b'{"choices": null}'),
+    "message": ("refused", lambda body: b'{"choices": [{"message": null}]}'),
+    "content": ("refused", lambda body: b'{"choices": [{"message": {"content": [1]}}]}'),
+}
+
+
+@pytest.mark.parametrize("how", FAILING)
+def test_a_request_that_fails_costs_its_row_alone(asked, how, monkeypatch):
+    kind, failing = FAILING[how]
+    if how == "cut":  # the client waits longer each time
+        monkeypatch.setattr(hints, "RETRIES", 1, raising=False)
+    flags = ["--timeout", 3 if how == "hangs" else 1800]
+
     def reply(body, number):
-        if "two" in asked_in(body):
-            return status, json.dumps({"error": {"message": f"not: {asked_in(body)}"}}).encode()
-        return said_by(PLAIN, "length" if "three" in asked_in(body) else "stop")
+        if asked_in(body).startswith("two"):
+            return failing(body)
+        return said_by(PLAIN, "length" if asked_in(body).startswith("three") else "stop")
 
-    code, said, records = asked(reply)
-    assert code == 0 and said.count("refused one request") == 1
+    code, said, records, questions = asked(reply, "--attempts", 1, *flags)
+    assert code == 0 and said.count("row 1 is passed over") == 1, said
     assert records[0]["hint"] == PLAIN and records[0]["faults"] == []
-    assert [records[i]["faults"] for i in (1, 2)] == [["refused"], ["cut off"]]
+    assert records[1]["hint"] == "" and records[1]["faults"] == [kind]
+    assert records[2]["faults"] == ["cut off", "cut off"]
     assert "1 kept at once, 0 after writing anew, 2 dropped" in said
+    assert f"rejected: {{'cut off': 2}}; requests that failed: {{'{kind}': 1}}" in said
+    if kind in ("timeout", "refused"):  # asking for the same again would be of no use
+        assert sum(question.startswith("two") for question in questions) == 1
+
+    # The next start asks for it again, without a word of a rejected hint; it may fail again.
+    code, said, records, questions = asked(reply, "--attempts", 0, *flags)
+    assert code == 0 and records[1]["faults"] == [kind, kind], said
+    assert not any(question.startswith("one") for question in questions)
+    anew = [question for question in questions if question.startswith("two")]
+    assert anew and not any("rejected" in question for question in anew)
+    code, said, records, _ = asked(lambda *_: said_by(PLAIN), "--attempts", 0)
+    assert code == 0 and records[1]["hint"] == PLAIN
+    assert "2 kept at once, 1 after writing anew, 0 dropped" in said
 
 
-@pytest.mark.parametrize("status, kind", [(401, "AuthenticationError"), (404, "NotFoundError")])
+def test_a_failed_request_hides_no_rejected_hint():
+    row = {"problem": "How many?", "answer": "4", "images": []}
+    texts = []
+    for faults in (["form"], ["form", "timeout"], ["timeout"], []):
+        texts.append(hints.hint_prompt(row, faults).messages[1]["content"][-1]["text"])
+    assert texts[0] == texts[1] and "rejected: it has to be a line" in texts[0]
+    assert texts[2] == texts[3] and "rejected" not in texts[2]
+
+
+def test_retry_after_is_waited_for(asked):
+    came = {}
+
+    def reply(body, number):
+        times = came.setdefault(asked_in(body), [])
+        times.append(time.monotonic())
+        if len(times) == 1 and asked_in(body).startswith("two"):
+            return 429, b"{}", {"retry-after": "1"}
+        return said_by(PLAIN)
+
+    code, said, records, questions = asked(reply, "--attempts", 0)
+    assert code == 0 and [records[i]["faults"] for i in range(3)] == [[], [], []], said
+    first, second = next(times for question, times in came.items() if question.startswith("two"))
+    assert second - first >= 1 and len(questions) == 4
+
+
+@pytest.mark.parametrize("flags, most", [([], 3), (["--requests", 2], 2), (["--requests", 1], 1)])
+def test_so_many_requests_are_made_at_once(asked, flags, most):
+    lock, at_once, seen = threading.Lock(), 0, []
+
+    def reply(body, number):
+        nonlocal at_once
+        with lock:
+            at_once += 1
+            seen.append(at_once)
+        time.sleep(0.5)
+        with lock:
+            at_once -= 1
+        return said_by(PLAIN)
+
+    code, said, records, _ = asked(reply, *flags)
+    assert code == 0 and len(records) == 3 and max(seen) == most, said
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--requests", 0], "--requests is 0"),
+        (["--timeout", 0], "--timeout 0"),
+        (["--timeout", "nan"], "--timeout nan"),
+        (["--endpoint", "localhost:8000/v1"], "has to begin with http://"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(asked, flags, why):
+    code, said, records, questions = asked(lambda *_: said_by(PLAIN), *flags)
+    assert code != 0 and why in said and questions == [] and records == {}, said
+
+
+def test_what_was_finished_is_kept_when_the_job_is_killed(three, asked):
+    """kill -9 while a request is under way: every answer that came has its line, and is not asked for again."""
+
+    def reply(body, number):
+        return HANG.wait(60) if asked_in(body).startswith("two") else said_by(PLAIN)
+
+    with Server(reply) as server:
+        argv = ["--data", three, "--output", three.parent / "hints", "--endpoint", server.url]
+        command = [sys.executable, "-m", "tools.hints", *map(str, argv), "--model", "any"]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        job = subprocess.Popen([*command, "--requests", "2"], cwd=ROOT, env=os.environ, **quiet)
+        try:
+            deadline = time.monotonic() + 120
+            while len(records_of(three)) < 2 and job.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            job.kill()
+            job.wait()
+    assert [(r["row"], r["hint"]) for r in records_of(three)] == [(0, PLAIN), (2, PLAIN)]
+    code, said, records, questions = asked(lambda *_: said_by(PLAIN))
+    assert code == 0 and "2 of them written before" in said, said
+    assert len(questions) == 1 and questions[0].startswith("two") and records[1]["hint"] == PLAIN
+
+
+def test_a_key_that_ends_stops_at_once_and_keeps_what_was_written(asked):
+    """Another request that is under way is not waited for."""
+    done = []
+
+    def reply(body, number):
+        if asked_in(body).startswith("one"):
+            return HANG.wait(120)
+        done.append(number)
+        return said_by(PLAIN) if len(done) == 1 else (401, b"{}")
+
+    start = time.monotonic()
+    code, said, records, _ = asked(reply, "--requests", 2, alone=True)
+    assert code != 0 and "does not answer as it should (AuthenticationError)" in said
+    assert [r["hint"] for r in records.values()] == [PLAIN]
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "http://nowhere.invalid/v1"])
+def test_an_address_where_nothing_is_stops(asked, url, monkeypatch):
+    monkeypatch.setattr(hints, "RETRIES", 0, raising=False)
+    code, said, records, _ = asked(lambda *_: said_by(PLAIN), "--endpoint", url)
+    assert code != 0 and "does not answer as it should (APIConnectionError)" in said
+    assert records == {}
+
+
+@pytest.mark.parametrize(
+    "status, kind",
+    [(401, "AuthenticationError"), (403, "PermissionDeniedError"), (404, "NotFoundError")],
+)
 def test_a_wrong_key_or_address_stops(asked, status, kind):
     def reply(body, number):
         return status, json.dumps({"error": {"message": f"{KEY}: {asked_in(body)}"}}).encode()
 
-    code, said, records = asked(reply)
+    code, said, records, _ = asked(reply)
     assert code != 0 and f"does not answer as it should ({kind})" in said and records == {}
 
 
 NONSENSE = [
-    b'{"choices": null}',
     b"[]",
-    b'{"choices": []}',
-    b'{"choices": [{"message": null}]}',
-    b'{"choices": [{"message": {"content": [1]}}]}',
+    b"3",
     '{"said": "The answer, for you alone: Zürich"}'.encode("latin-1"),
     b"<html>",
     b"[" * 200_000,
@@ -340,14 +649,9 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("body", NONSENSE, ids=range(len(NONSENSE)))
-def test_nonsense_is_named_and_not_quoted(body, capsys):
-    with Server(lambda *_: body) as server:
-        writer = hints.Endpoint(hints.Args(data="", model="any", endpoint=server.url))
-        row = {"problem": "Where?", "answer": "Zürich", "images": []}
-        with pytest.raises(common.UserError, match="does not answer as it should") as error:
-            list(writer.answers([row], {0: []}))
-    said = error.value.message + capsys.readouterr().err
-    assert "Zürich" not in said and "alone" not in said
+def test_a_reply_that_is_no_endpoints_stops_and_is_not_quoted(asked, body):
+    code, said, records, _ = asked(lambda *_: body)
+    assert code != 0 and "does not answer as it should" in said and records == {}
 
 
 def test_a_checkpoint_whose_hints_have_no_form_gets_none_kept(tiny, tmp_path):
@@ -368,6 +672,23 @@ def test_a_checkpoint_whose_hints_have_no_form_gets_none_kept(tiny, tmp_path):
     ]
     assert len(lines) == 48 and {len(line["faults"]) for line in lines} == {1, 2}
     assert {fault for line in lines for fault in line["faults"]} <= {"cut off", "form"}
+
+
+def test_the_hints_of_a_checkpoint_are_kept_batch_by_batch(tiny, tmp_path, monkeypatch):
+    batches, generate = [], common.HFEngine.generate
+
+    def die_in_the_third(engine, prompts, seeds=None):
+        batches.append(len(prompts))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return generate(engine, prompts, seeds)
+
+    monkeypatch.setattr(common.HFEngine, "generate", die_in_the_third)
+    argv = ["--data", tiny / "rows.parquet", "--model", tiny / "student", "--output", tmp_path]
+    status, said = run_hints(*argv, "--max-response", 8, "--rollout-batch", 10)
+    assert status != 0 and batches == [10, 10, 4], said
+    lines = (tmp_path / "hints.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == list(range(20))
 
 
 def test_what_a_checkpoint_cannot_be_shown_is_named(tiny, tmp_path):

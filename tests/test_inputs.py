@@ -127,14 +127,20 @@ def bad_rows(folder, good) -> list[tuple]:
         (good | {"images": "cut.png"}, "truncated"),
         (good | {"images": "deep.png"}, "mode=I;16"),
         (good | {"images": "thin.png"}, "aspect ratio"),
-        (good | {"images": None}, "no images"),
+        (good | {"images": ["a.png", None]}, "no path, bytes or image"),
+        (
+            good | {"problem": "<image>Left? <image>Right?"},
+            "marks images or videos [1, 2], and has 1",
+        ),
+        (good | {"problem": "<image 2>Which?"}, "marks images or videos [2], and has 1"),
+        (good | {"problem": "<video>Which?"}, "marks images or videos [1], and has 1"),
+        (good | {"problem": "<image>"}, "no question"),
         (good | {"answer": " "}, "no answer"),
         (good | {"answer": None}, "no answer"),
-        (good | {"answer": float("nan")}, "no answer"),
         (good | {"answer": "$$"}, "no answer"),
-        (good | {"problem": ""}, "no problem"),
+        (good | {"problem": ""}, "no question"),
+        (good | {"problem": None}, "question is no text"),
         (good | {"problem": "why " * 2000}, "--max-prompt"),
-        (good | {"problem": 7}, "question is no text"),
     ]
 
 
@@ -172,13 +178,12 @@ def test_of_several_answers_none_may_be_empty(tmp_path, tiny, good, answer):
 
 def test_a_chat_without_content_and_text_in_another_encoding_are_named(tmp_path, tiny, good):
     chat = good | {"problem": [{"role": "user", "text": "Hi"}]}
-    with pytest.raises(common.UserError, match="row 0: there is no problem"):
+    with pytest.raises(common.UserError, match="row 0: the question is no text"):
         load(write(tmp_path, [chat]), tiny)
     line = '{"problem": "Zürich?", "images": "a.png", "answer": "3"}\n'
     (tmp_path / "latin.jsonl").write_bytes(line.encode("latin-1"))
-    with pytest.raises(common.UserError, match="utf-8|UTF-8|Unicode") as error:
+    with pytest.raises(common.UserError, match="utf-8|UTF-8|Unicode"):
         load(str(tmp_path / "latin.jsonl"), tiny)
-    assert "image" not in error.value.message
 
 
 def test_every_row_bad(tmp_path, tiny, good):
@@ -290,7 +295,7 @@ def test_a_teacher_that_sees_images_otherwise_is_refused(tiny, tmp_path):
     file = tmp_path / "teacher" / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
     said = refusal("vgs.py", flags(tiny, tmp_path / "run", teacher=tmp_path / "teacher"))
-    assert "images' image_mean" in said, said
+    assert "differently: ['image_mean']" in said, said
 
 
 def test_a_text_only_teacher_is_refused(tiny, tmp_path):
@@ -317,7 +322,7 @@ def test_too_little_data_for_a_batch_is_named(tiny, tmp_path):
 
 
 def test_copies_that_do_not_divide_the_ranks(tiny, tmp_path):
-    assert "--replicas 3 does not divide the 1 ranks" in refusal(
+    assert "the ranks one of --replicas, 3" in refusal(
         "vgs.py", flags(tiny, tmp_path / "run", replicas=3)
     )
 
@@ -325,6 +330,7 @@ def test_copies_that_do_not_divide_the_ranks(tiny, tmp_path):
 def test_a_copy_without_the_tools_says_what_is_missing(tmp_path):
     for name in ("vgs.py", "common.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     result = run_script("vgs.py", "--preset", "toy", cwd=tmp_path)
     assert result.returncode == 1 and "'toy/student' is made by tools/toy.py" in result.stderr
     assert "--student" in result.stderr and "Traceback" not in result.stderr, result.stderr

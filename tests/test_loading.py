@@ -21,7 +21,9 @@ def test_one_copy_in_all(tiny, tmp_path, hidden, layers, vocab, ranks):
     """At most 1.3 copies besides the shards; and every rank's shards are the checkpoint's weights."""
     processor = common.Processor(str(tiny / "student"))
     model = toy.make_model("qwen3_vl", processor.tokenizer, hidden, layers, 64, vocab)
-    model.to(torch.bfloat16)  # as checkpoints come, so that float32 is a copy and not the file itself
+    model.to(
+        torch.bfloat16
+    )  # as checkpoints come, so that float32 is a copy and not the file itself
     expected = {name: p.detach().double().sum().item() for name, p in model.named_parameters()}
     model.save_pretrained(tmp_path / "model")
     del model

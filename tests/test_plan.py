@@ -8,6 +8,7 @@ from conftest import ROOT, run_script
 
 import common
 import vgs
+import vigos
 from tools import plan, toy
 
 

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from conftest import flags, run_script
+from conftest import accuracy, flags, run_script
 
 import common
 import vgs
@@ -231,7 +231,7 @@ def test_evaluation_on_a_worked_example():
             return [common.Response([1], True, texts[i]) for i in prompts]
 
     rows = [{"answer": "5", "index": i} for i in range(4)]
-    assert common.evaluate(Engine(), rows, lambda row: row["index"]) == 0.5
+    assert accuracy(Engine(), rows, lambda row: row["index"]) == 0.5
 
 
 RUNS = [

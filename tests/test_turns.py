@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import flags, refusal, run_script
+from conftest import accuracy, flags, refusal, run_script
 from PIL import Image
 
 import common
@@ -309,7 +309,7 @@ def test_only_an_answer_within_the_limits_counts(processor, tiny_rows, script, l
     row = tiny_rows[0]
     script = [text.replace("ANSWER", str(row["answer"])) for text in script]
     turns, _ = scripted(processor, [row], [script], max_response=limit)
-    assert common.evaluate(turns, [row], reopold.with_tools) == right
+    assert accuracy(turns, [row], reopold.with_tools) == right
     turns, _ = scripted(processor, [row], [script], max_response=limit)
     args = reopold.Args(calls=2, max_response=limit)
     samples = common.sample_responses(turns, [row], reopold.contexts(args), args)

@@ -196,7 +196,7 @@ def test_random_cells_end_in_rows_or_in_a_clear_error(tiny, tmp_path, records):
     try:
         rows = common.load_rows(args, processor, {"text": vgs.without_image}, "problem answer")
     except common.UserError as e:
-        assert "cannot be read" in e.message  # cells of several types in one column
+        assert "cannot be read" in e.message or "cells of several types" in e.message
         return
     left = list(rows)
     assert left[0]["index"] == 0
@@ -249,10 +249,8 @@ def test_random_flags_end_in_settings_or_in_a_clear_error(script, capsys):
 @FUZZ
 @given(st.text(alphabet="0123456789+-*/^(){}[]\\.,xe%$ \0abfrcsqtid", max_size=40))
 def test_any_answer_is_compared_without_an_exception(text):
-    assert common.is_correct(text, text) and common.is_correct(text, "no such answer") in (
-        False,
-        True,
-    )
+    assert common.is_correct(text, text) or not common.plain(text)
+    assert not common.is_correct(text, "no such answer")
     (
         common.extract_answer("\\boxed{" + text),
         common.extract_answer("\\boxed{" + text + "}</reason>"),
@@ -262,9 +260,8 @@ def test_any_answer_is_compared_without_an_exception(text):
 @FUZZ
 @given(st.integers(-(10**6), 10**6), st.integers(1, 999))
 def test_numbers_are_exact(a, b):
-    assert common.as_number(f"{a}/{b}") == Fraction(a, b) and common.is_correct(
-        f"{a}/{b}", f"\\frac{{{a}}}{{{b}}}"
-    )
+    assert common.as_quantity(f"{a}/{b}") == (Fraction(a, b), "")
+    assert common.is_correct(f"{a}/{b}", f"\\frac{{{a}}}{{{b}}}")
     assert not common.is_correct(f"{a}/{b}", f"{a + 1}/{b}")
 
 
@@ -292,7 +289,7 @@ def test_the_last_complete_box_is_found(text):
         end = closing_brace(text, match.end())
         if end is not None:
             complete.append(text[match.end() : end].strip())
-    assert common.boxed(text) == (complete[-1] if complete else None)
+    assert common.extract_answer(text) == (complete[-1] or None if complete else None)
 
 
 def closing_brace(text: str, start: int) -> int | None:
@@ -307,8 +304,8 @@ def closing_brace(text: str, start: int) -> int | None:
 
 def test_endless_boxes_are_read_in_linear_time():
     """In quadratic time this would take hours."""
-    assert common.boxed("\\boxed{" * 500_000) is None
-    assert common.boxed("\\boxed{" * 500_000 + "}") == ""
+    assert common.extract_answer("\\boxed{" * 500_000) is None
+    assert common.extract_answer("\\boxed{" * 500_000 + "3}") == "3"
 
 
 # ---------------------------------------------------------------------------------------------- code in models and data

@@ -101,8 +101,8 @@ def figure_vgs(argv):
         raise common.UserError("all four distributions are needed: --alpha 1 and --gamma above 0")
     args.prompts = 0  # nothing is drawn
     run = common.Run("figures-vgs", args)
-    processor = common.Processor(args.student)
-    common.check_same_inputs(processor, common.Processor(args.teacher))
+    processor = common.Processor(args.student, args)
+    common.check_same_inputs(processor, common.Processor(args.teacher, args))
     data = held_out(args, processor, vgs.contexts(args), "problem images")
     run.load(processor, args.teacher)
     finish(run, "angles.json", angles(run, data, args))
@@ -192,7 +192,7 @@ def figure_ptdpo(argv):
     args = common.parse_args(ptdpo.Args, ptdpo.PRESETS, ptdpo.RANGES, argv)
     args.prompts = 0  # nothing is drawn
     run = common.Run("figures-ptdpo", args)
-    processor = common.Processor(args.student)
+    processor = common.Processor(args.student, args)
     wanted = "problem images answer hint solution"
     data = held_out(args, processor, {"question": ptdpo.question}, wanted)
     run.load(processor, args.student)

@@ -8,27 +8,30 @@ The model is shown image, question and answer, and the paper's three rules in ou
 released): name the visual evidence, name the steps, give nothing away. A hint that breaks one of them (hint_check.py)
 is written anew, with the reason; after --attempts of that the row keeps an empty hint, and PTD-PO does not tutor it.
 
---output holds hints.jsonl, a line for each answer, and at the end rows.parquet: --data with a hint column (where it
-names images by relative paths, move it beside --data). A start that finds hints goes on with the rows that have none,
-also with another --model: the paper has a larger one for hard rows.
+--output holds hints.jsonl, a line for each answer, written as it comes (a checkpoint's: batch by batch), and at the end
+rows.parquet: --data with a hint column (where it names images by relative paths, move it beside --data). A start that
+finds hints goes on with the rows that have none, also with another --model: the paper has a larger one for hard rows.
 
-An endpoint's key is that of the environment variable OPENAI_API_KEY. What goes wrong there is told by its kind alone:
-an error's text may quote the request, which holds a row's answer.
+An endpoint's key is that of the environment variable OPENAI_API_KEY. A request that fails for reasons of its own is
+recorded, and its row is passed over until the next start; what every request would meet stops the job. Both are told
+by their kind alone: an error's text may quote the request, which holds a row's answer.
 """
 
+import asyncio
 import base64
 import io
 import json
 import os
 import sys
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tqdm import tqdm
+
 import common
-from tools.hint_check import FAULTS, hint_fault
+from tools.hint_check import FAULTS, REQUEST_FAULTS, hint_fault
 
 
 # =============================================================================================== settings
@@ -37,6 +40,8 @@ class Args:
     data: str  # rows: .parquet, .json, .jsonl, .csv, a folder, or a hub name
     model: str  # checkpoint that writes the hints, or the name of the one that --endpoint serves
     endpoint: str = ""  # URL of an OpenAI-compatible endpoint (.../v1); its key: OPENAI_API_KEY
+    requests: int = 8  # requests at once, of an endpoint
+    timeout: float = 1800  # seconds after which a request is given up, its repeats included
     output: str = "runs/hints"  # folder of hints.jsonl and rows.parquet
     attempts: int = 3  # times a hint is written anew after the check rejected it
     max_response: int = 16384  # longest answer in tokens, thinking included (the paper's budget)
@@ -69,13 +74,19 @@ no number that has to be read off or worked out. Do not solve the question.""".l
 
 
 def hint_prompt(row: dict, faults: list[str] = ()) -> common.Context:
-    """(I, q, a*): what the writer is shown. faults: why its earlier hints for this row were rejected."""
+    """(I, q, a*): what the writer is shown. faults: of its earlier hints and requests for this row."""
     answers = " or ".join(common.all_answers(row["answer"]))
     text = f"{row['problem']}\n\nThe answer, for you alone: {answers}"
-    if faults:
-        text += f"\n\nYour last hint was rejected: {FAULTS[faults[-1]]}."
+    rejected = of_hints(faults)
+    if rejected:
+        text += f"\n\nYour last hint was rejected: {FAULTS[rejected[-1]]}."
     turns = [common.message("system", RULES), common.message("user", text, len(row["images"]))]
     return common.Context(turns, row["images"])
+
+
+def of_hints(faults: list[str]) -> list[str]:
+    """The faults of rejected hints, without those of requests that failed: ["form", "timeout"] -> ["form"]."""
+    return [fault for fault in faults if fault not in REQUEST_FAULTS]
 
 
 class Checkpoint:
@@ -84,62 +95,129 @@ class Checkpoint:
     def __init__(self, args: Args, processor: common.Processor):
         self.engine, self.args = common.ENGINES[args.engine](args.model, processor, args), args
 
-    def answers(self, rows, faults: dict[int, list]):
-        """Yields (i, response) for the rows i that `faults` has, as they come; see hint_prompt."""
+    def write(self, rows, faults: dict[int, list], keep):
+        """Calls keep(row, response) for the rows i that `faults` has, as they come; see hint_prompt."""
         numbers, size = list(faults), self.args.rollout_batch
-        for batch in (numbers[at : at + size] for at in range(0, len(numbers), size)):
-            contexts = [hint_prompt(rows[i], faults[i]) for i in batch]
-            prompts = [self.engine.processor.encode(context) for context in contexts]
-            seeds = [common.seed_of(self.args.seed, i, len(faults[i])) for i in batch]
-            yield from zip(batch, self.engine.generate(prompts, seeds))
+        for at in tqdm(range(0, len(numbers), size), "batches of hints"):
+            batch = [rows[i] for i in numbers[at : at + size]]
+            prompts, seeds = [], []
+            for i, row in zip(numbers[at : at + size], batch):
+                prompts.append(self.engine.processor.encode(hint_prompt(row, faults[i])))
+                seeds.append(common.seed_of(self.args.seed, i, len(faults[i])))
+            for row, response in zip(batch, self.engine.generate(prompts, seeds)):
+                keep(row, response)
+
+
+RETRIES = 10  # of a request that meets an overload or a broken connection: about a minute
+CONNECT = 10  # seconds to reach the endpoint
 
 
 class Endpoint:
-    """Writes hints by requests, eight at a time, each repeated for about a minute where the endpoint is overloaded."""
+    """Writes hints by requests, --requests at a time. The client repeats them, and waits as Retry-After says."""
 
     def __init__(self, args: Args):
-        from openai import OpenAI
-
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = OpenAI(base_url=args.endpoint, api_key=key, max_retries=10, timeout=1800)
+        if args.requests < 1 or not 0 < args.timeout < 1e6:
+            raise common.UserError(
+                f"--requests is {args.requests} and --timeout {args.timeout:g}: they have to be at least one request, "
+                "and more than 0 and less than 1e6 seconds"
+            )
+        if not args.endpoint.startswith(("http://", "https://")):
+            raise common.UserError("--endpoint has to begin with http:// or https://")
         self.args = args
 
-    def answers(self, rows, faults: dict[int, list]):
-        """See Checkpoint.answers. Raises UserError where the endpoint does not work."""
-        with ThreadPoolExecutor(8) as pool:
-            try:
-                futures = {pool.submit(self.ask, rows, i, faults[i]): i for i in faults}
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # at an error, or Ctrl-C
+    def write(self, rows, faults: dict[int, list], keep):
+        """See Checkpoint.write; keep(row, None, fault) where a request failed. UserError where all of them would."""
+        try:
+            asyncio.run(self.write_all(rows, faults, keep))
+        except EndpointError as e:
+            raise common.UserError(
+                f"--endpoint does not answer as it should ({e}). Look at its log, at the address, at --model and at "
+                "OPENAI_API_KEY. What was written so far is kept: start again when it does"
+            )
 
-    def ask(self, rows, i: int, faults: list[str]) -> common.Response:
-        """The text is None where the endpoint refuses this request alone."""
-        context = hint_prompt(rows[i], faults)
+    async def write_all(self, rows, faults, keep):
+        import openai
+
+        client = openai.AsyncOpenAI(
+            base_url=self.args.endpoint,
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=RETRIES,
+            timeout=openai.Timeout(None, connect=CONNECT),  # the whole request's is in ask()
+        )
+        waiting = iter(tqdm(faults, "hints"))  # each task takes its next row from here
+
+        async def write_some():
+            for i in waiting:
+                row = rows[i]
+                response, fault = await self.ask(client, row, faults[i])
+                keep(row, response, fault)
+
+        async with client:
+            tasks = [asyncio.create_task(write_some()) for _ in range(self.args.requests)]
+            try:
+                await asyncio.gather(*tasks)
+            finally:  # after an error of one of them the others' requests are dropped, not awaited
+                for task in tasks:
+                    task.cancel()
+
+    async def ask(self, client, row: dict, faults: list[str]) -> tuple:
+        """(response, ""), or (None, fault) where this request alone failed."""
+        context = hint_prompt(row, faults)
         images = iter(context.images)
         for turn in context.messages:
             for part in turn["content"]:
                 if part["type"] == "image":
                     part.update(type="image_url", image_url={"url": as_data_url(next(images))})
-        try:
-            reply = self.client.chat.completions.create(
-                model=self.args.model,
-                messages=context.messages,
-                max_tokens=self.args.max_response,
-            )
-            choice = reply.choices[0]
-            text = str.strip(choice.message.content or "")
-            return common.Response([], choice.finish_reason != "length", text)
-        except Exception as e:  # the client's own, and whatever an answer that is none leads to
-            kind, status = type(e).__name__, getattr(e, "status_code", None)
-        if status in (400, 413, 422):
-            print(f"--endpoint refused one request: {kind}", file=sys.stderr)
-            return common.Response([], text=None)
-        raise common.UserError(
-            f"--endpoint does not answer as it should ({kind}). Look at its log, at the address, at --model and at "
-            "OPENAI_API_KEY. What was written so far is kept: start again when it does"
+        request = client.chat.completions.create(
+            model=self.args.model,
+            messages=context.messages,
+            max_tokens=self.args.max_response,
         )
+        try:
+            reply = await asyncio.wait_for(request, self.args.timeout)
+            return as_response(reply), ""
+        except Exception as e:  # the client's own, and whatever an answer that is none leads to
+            fault, kind = request_fault(e), type(e).__name__
+        if not fault:
+            raise EndpointError(kind)
+        print(f"row {row['index']} is passed over: {FAULTS[fault]} ({kind})", file=sys.stderr)
+        return None, fault
+
+
+class EndpointError(Exception):
+    """What every request would meet."""
+
+
+class NoAnswer(Exception):
+    """A reply in JSON that holds no text: some endpoints report a request's error so, with status 200."""
+
+
+def as_response(reply) -> common.Response:
+    """The client's reply -> its text, and whether it ended by itself."""
+    from openai.types.chat import ChatCompletion
+
+    if not isinstance(reply, ChatCompletion):
+        raise TypeError("no JSON object: this is no endpoint")
+    try:
+        choice = reply.choices[0]
+        text = str.strip(choice.message.content or "")
+        return common.Response([], choice.finish_reason != "length", text)
+    except (AttributeError, IndexError, TypeError):
+        raise NoAnswer
+
+
+def request_fault(error: Exception) -> str:
+    """The fault of the request that met this error; "" for an error that every other request would meet."""
+    status = getattr(error, "status_code", 0)
+    if isinstance(error, asyncio.TimeoutError):
+        return "timeout"
+    if isinstance(error, NoAnswer) or status in (400, 413, 422):
+        return "refused"
+    if status in (408, 409, 429) or status >= 500:
+        return "overloaded"
+    # By name: the client's releases use different HTTP libraries. Not being connected at all is everyone's error.
+    broken = type(error.__cause__).__name__ in ("ReadError", "WriteError", "RemoteProtocolError")
+    return "disconnected" if broken else ""
 
 
 def as_data_url(image) -> str:
@@ -149,31 +227,52 @@ def as_data_url(image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def judged(row: dict, faults: list[str], response: common.Response) -> dict:
-    """A row's record: its hint, or "", and the faults of all that were rejected."""
-    hint = (response.text or "").rpartition("</think>")[2].strip()
-    fault = hint_fault(hint, row, response.finished)
-    if response.text is None:
-        fault = "refused"
-    if fault:
-        hint, faults = "", [*faults, fault]
-    return {"row": row["index"], "hint": hint, "faults": faults}
-
-
 # =============================================================================================== main
-def earlier_records(file: Path, data: str) -> dict[int, dict]:
-    """The last record of each row that earlier starts wrote; the half line of one that was killed goes."""
-    records = defaultdict(lambda: {"hint": "", "faults": []})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = common.whole_lines(file) if file.exists() else []
-    for record in map(json.loads, lines):
-        records[record["row"]] = record
-        if record["data"] != data:
-            raise common.UserError(
-                f"{file} has hints for {record['data']}: choose another --output"
-            )
-    common.replace_text(file, "".join(f"{line}\n" for line in lines))
-    return records
+class Records:
+    """hints.jsonl, a line for each answer: {"row", "hint", "faults", "model", "data"}. A row's last line counts.
+
+    A row without a hint has "" there. faults: of all its hints that were rejected, and of its requests that failed.
+    """
+
+    def __init__(self, args: Args):
+        """Reads what earlier starts wrote; the half line of one that was killed goes."""
+        self.file, self.model = Path(args.output, "hints.jsonl"), args.model
+        self.data = f"{args.data}, {args.data_split}"
+        self.last = defaultdict(lambda: {"hint": "", "faults": []})  # of each row
+        self.passed_over = set()  # rows whose request failed in this start
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        lines = common.whole_lines(self.file)
+        for record in map(json.loads, lines):
+            self.last[record["row"]] = record
+            if record["data"] != self.data:
+                raise common.UserError(
+                    f"{self.file} has hints for {record['data']}: choose another --output"
+                )
+        common.replace_text(self.file, "".join(f"{line}\n" for line in lines))
+
+    def waiting(self, numbers: list[int]) -> dict[int, list]:
+        """Those of the rows with these numbers in the data that are to be asked for: i -> their faults."""
+        faults = {}
+        for i, number in enumerate(numbers):
+            if not self.last[number]["hint"] and number not in self.passed_over:
+                faults[i] = self.last[number]["faults"]
+        return faults
+
+    def keep(self, row: dict, response: common.Response | None, fault: str = ""):
+        """Judge a row's answer and write its line. fault: of the request, where it failed."""
+        number, hint = row["index"], ""
+        if fault:
+            self.passed_over.add(number)
+        else:
+            hint = response.text.rpartition("</think>")[2].strip()
+            fault = hint_fault(hint, row, response.finished)
+        record = {"row": number, "hint": hint, "faults": self.last[number]["faults"]}
+        if fault:
+            record |= {"hint": "", "faults": [*record["faults"], fault]}
+        record |= {"model": self.model, "data": self.data}
+        self.last[number] = record
+        with open(self.file, "a") as f:
+            f.write(json.dumps(record) + "\n")
 
 
 def load(args: Args) -> tuple:
@@ -182,7 +281,8 @@ def load(args: Args) -> tuple:
     if args.column_solution in common.load_data(args.data, args.data_split).column_names:
         names += " solution"
     if args.endpoint:
-        return common.load_rows(args, None, {}, names, optional="solution"), Endpoint(args)
+        writer = Endpoint(args)  # before the rows: it looks at the flags
+        return common.load_rows(args, None, {}, names, optional="solution"), writer
     processor = common.Processor(args.model)
     rows = common.load_rows(args, processor, {"hint": hint_prompt}, names, optional="solution")
     return rows, Checkpoint(args, processor)
@@ -190,26 +290,16 @@ def load(args: Args) -> tuple:
 
 def main():
     import tyro
-    from tqdm import tqdm
 
     args = tyro.cli(Args)
-    file, data = Path(args.output, "hints.jsonl"), f"{args.data}, {args.data_split}"
-    records = earlier_records(file, data)
+    records = Records(args)
     rows, writer = load(args)
-    kept = list(rows["index"])  # their numbers in the data
-    before = sum(bool(records[row]["hint"]) for row in kept)
-    print(f"hints for {len(kept)} rows, {before} of them written before; {file}")
+    numbers = list(rows["index"])  # in the data
+    before = sum(bool(records.last[number]["hint"]) for number in numbers)
+    print(f"hints for {len(numbers)} rows, {before} of them written before; {records.file}")
     for _ in range(1 + args.attempts):
-        faults = {}  # of the rows that have no hint yet
-        for i, row in enumerate(kept):
-            if not records[row]["hint"]:
-                faults[i] = records[row]["faults"]
-        for i, response in tqdm(writer.answers(rows, faults), "hints", len(faults)):
-            record = judged(rows[i], faults[i], response) | {"model": args.model, "data": data}
-            records[kept[i]] = record
-            with open(file, "a") as f:
-                f.write(json.dumps(record) + "\n")
-    write_table(records, kept, args)
+        writer.write(rows, records.waiting(numbers), records.keep)
+    write_table(records.last, numbers, args)
 
 
 def write_table(records: dict[int, dict], kept: list[int], args: Args):
@@ -221,11 +311,13 @@ def write_table(records: dict[int, dict], kept: list[int], args: Args):
     hints = [records[row]["hint"] for row in kept]
     table.add_column(args.column_hint, hints).to_parquet(path)
     found = [records[row] for row in kept if records[row]["hint"]]
-    anew = sum(bool(record["faults"]) for record in found)
-    rejected = Counter(fault for row in kept for fault in records[row]["faults"])
+    anew = sum(bool(of_hints(record["faults"])) for record in found)
+    faults = Counter(fault for row in kept for fault in records[row]["faults"])
+    rejected = {fault: faults[fault] for fault in of_hints(faults)}
+    failed = {fault: faults[fault] for fault in faults if fault in REQUEST_FAULTS}
     print(
         f"{len(found) - anew} kept at once, {anew} after writing anew, {len(kept) - len(found)} dropped (empty hint); "
-        f"rejected: {dict(rejected)}\nwritten to {path}"
+        f"rejected: {rejected}; requests that failed: {failed}\nwritten to {path}"
     )
 
 

@@ -234,8 +234,8 @@ def main():
             "with --teacher, whose marks are measured"
         )
     run = common.Run("palr", args)
-    processor, initial = common.Processor(args.student), args.teacher or args.student
-    common.check_same_inputs(processor, common.Processor(initial))
+    processor, initial = common.Processor(args.student, args), args.teacher or args.student
+    common.check_same_inputs(processor, common.Processor(initial, args))
     rows = load_rows(args, processor)
     run.load(processor, initial)
     samples = respond(rows, run, args)
