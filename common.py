@@ -1799,7 +1799,7 @@ def bad_value(micros) -> str:
     return ""
 
 
-def save_checkpoint(lm, processor, folder, weights: dict[str, Tensor] | None = None):
+def save_checkpoint(lm, processor, folder, weights=None):
     """What from_pretrained and vLLM load: the weights, and all else (config, tokenizer, images) as it came."""
     from transformers.utils import cached_file
 
