@@ -459,7 +459,7 @@ def marked(problem, images) -> tuple[str, list]:
     for turn in turns:
         text = turn.get("content")
         if isinstance(text, list):
-            text = "".join(part["text"] or f"<{part['type']}>" for part in text)
+            text = "".join(part.get("text") or f"<{part['type']}>" for part in text)
         texts.append(text)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"the question is no text ({problem!s:.60})")

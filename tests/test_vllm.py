@@ -165,7 +165,7 @@ def test_responses_of_several_turns(engine, student, tiny_rows, monkeypatch):
 TEXT = dict(teacher="text-only", data="text.parquet", column_text="text_problem", group=2)
 TRACES = dict(trace_data="text.parquet", trace_column="text_problem", sft_batch=4, sft_steps=2)
 RUNS = {
-    "vgs": ("vgs.py", dict()),
+    "vgs": ("vgs.py", dict(min_pixels=30_000, max_pixels=40_000, eval_max_prompt=1100)),
     "LoRA": ("vigos.py", dict(teacher=None, column_reference="solution", conflict_data="", lora=4)),
     "GRPO": ("ptdpo.py", dict(teacher=None, group=2)),
     "all stages": ("vold.py", dict(max_response=100, **TEXT, **TRACES)),
