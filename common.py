@@ -106,8 +106,10 @@ class Args:
     top_k: int = 0  # sample among the k likeliest tokens; 0 = off
     max_prompt: int = 1024  # longest prompt in tokens, image tokens included
     eval_max_prompt: int = 0  # longest held-out prompt; 0 = as --max-prompt
-    min_pixels: int = 0  # smaller images are enlarged to so many pixels; 0 = as the checkpoint says
-    max_pixels: int = 0  # larger images are reduced to so many pixels; 0 = as the checkpoint says
+    # smaller images are enlarged to so many pixels, and larger ones reduced; 0 = as the checkpoint says,
+    # whose own limits vLLM keeps to as well
+    min_pixels: int = 0
+    max_pixels: int = 0
     max_response: int = 64  # longest response in tokens; longer ones are cut off and kept
 
     epochs: float = 1.0  # passes over the data
@@ -408,6 +410,10 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
             if view is not None:
                 processor.check(view, limit)
 
+    # a row's number is never that long
+    long = sum(len(str(cell)) > 200 for cell in data[columns.get("answer", "index")])
+    if long:
+        say(f"{long} answers of {name!r} have over 200 characters: nothing but the same is right")
     numbers, data = data["index"], data.with_transform(read)
     bad = faults_of(data, check, name)
     listed = "\n  ".join(
@@ -535,12 +541,11 @@ class Processor:
         self.config = load(AutoConfig)
         self.tokenizer = load(AutoTokenizer)
         self.image_id = getattr(self.config, "image_token_id", None)  # None: a text-only model
-        limits = {key: getattr(args, key, 0) for key in ("min_pixels", "max_pixels")}
-        self.pixels = {key: value for key, value in limits.items() if value}
         self.images = None
         if hasattr(self.config, "vision_config"):
+            pixels = {key: getattr(args, key, 0) or None for key in ("min_pixels", "max_pixels")}
             # everywhere: pixels differ between backends
-            self.images = load(AutoImageProcessor, backend="pil", **self.pixels)
+            self.images = load(AutoImageProcessor, backend="pil", **pixels)
             if not hasattr(self.images, "merge_size"):
                 raise UserError(
                     f"{name!r} is {self.config.model_type}. Models that see have to be of Qwen2-VL's line: Qwen2-VL, "
@@ -932,7 +937,6 @@ class VLLMEngine:
             gpu_memory_utilization=args.vllm_memory,
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             limit_mm_per_prompt=limits,
-            mm_processor_kwargs=limits and processor.pixels,
             enforce_eager=not self.gpu,
             enable_sleep_mode=self.gpu,
             logprobs_mode="processed_logprobs",

@@ -126,6 +126,13 @@ def test_numbers_of_one_type_are_answers(folder, processor):
         assert [row["answer"] for row in rows] == values
 
 
+def test_answers_that_only_the_same_text_meets_are_counted(folder, processor, capsys):
+    load(write(folder, [GOOD, GOOD | {"answer": "so it is " * 30}]), processor)
+    assert "1 answers of" in capsys.readouterr().out
+    load(write(folder, [GOOD]), processor)
+    assert "answers of" not in capsys.readouterr().out
+
+
 def test_none_and_na_are_answers_in_csv(folder, processor):
     (folder / "rows.csv").write_text(
         "problem,images,answer\n"
