@@ -72,9 +72,10 @@ def is_first_error() -> bool:
     """Asked once a rank. torchrun's store is there before the ranks know each other; its restarts count anew."""
     if "RANK" not in os.environ:
         return True
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.TCPStore(address, port, is_master=False).add(f"errors {start}", 1) == 1
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
+    return store.add(f"errors {start}", 1) == 1
 
 
 # =============================================================================================== settings
@@ -267,15 +268,15 @@ def quantile(x: Tensor, q) -> Tensor:
     return torch.as_tensor(found, dtype=x.dtype, device=x.device)
 
 
-def token_means(values: dict[str, Tensor], where: Tensor | None = None) -> dict[str, float]:
-    """Mean of each [N] over all ranks' tokens, weighed by `where` [N]; nothing where that is zero everywhere."""
+def token_means(values, where=None):
+    """Name -> mean of each [N] of all ranks' tokens, weighed by `where` [N]; nothing where that is zero everywhere."""
     where = torch.ones_like(next(iter(values.values()))) if where is None else where.float()
     sums = torch.stack([where, *(where * x for x in values.values())]).sum(-1)
     count, *totals = all_sum(sums).tolist()
     return {name: total / count for name, total in zip(values, totals)} if count else {}
 
 
-def mean_over_ranks(values: dict[str, list]) -> dict[str, float]:
+def mean_over_ranks(values):
     """Mean of each list of numbers over all ranks; nothing where all of them are empty."""
     means = {}
     for name, x in values.items():
@@ -312,6 +313,7 @@ def locate(name) -> str:
 def load_data(name, split):
     """A data set, by `datasets`: a file, a folder, or a hub name (with :configuration where it has several)."""
     import datasets
+    import pandas
 
     if not name:
         raise UserError(
@@ -321,9 +323,10 @@ def load_data(name, split):
     try:
         if path.is_file():
             kind = path.suffix[1:].replace("jsonl", "json")
-            # "NA" is an answer
-            more = {"keep_default_na": False} if kind == "csv" else {}
-            return datasets.load_dataset(kind, data_files=str(path), split="train", **more)
+            if kind == "csv":  # as it is written: "NA" and "007" are answers
+                table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+                return datasets.Dataset.from_pandas(table)
+            return datasets.load_dataset(kind, data_files=str(path), split="train")
         if (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(*str(path).split(":"), split=split)
@@ -354,6 +357,14 @@ def open_images(images, root: Path) -> list:
     return opened
 
 
+# Of what `datasets` calls the type of a column. Any images; texts or chats; texts and numbers, or lists of them.
+KINDS = {
+    "images": "",
+    "problem": r"Value\('(large_)?string|List",
+    "answer": r"(List\()?Value\('(?!time|date|binary|large_binary)",
+}
+
+
 def select_columns(data, columns, name):
     """The named columns, and the rows' numbers as one more; stops with those named that are not there or no texts."""
     theirs = set(columns.values())
@@ -365,13 +376,13 @@ def select_columns(data, columns, name):
                 f"data set {name!r} has no column {column!r}; it has: {', '.join(data.column_names)}. Say which one "
                 f"holds the {ours} with --column-{ours} NAME (text alone, in vold.py: --column-text, --trace-column)"
             )
-        kind = data.features[column]
-        if ours != "images" and type(kind).__name__ in ("dict", "Json"):
+        kind = str(data.features[column])
+        if not re.match(KINDS.get(ours, KINDS["answer"]), kind):
             raise UserError(
                 f"column {column!r} of {name!r} holds {kind}. Name one part of an object with a dot, as in "
-                f"--column-{ours} {column}.text; write cells of several types all as texts"
+                f"--column-{ours} {column}.PART; write dates, and cells of several types, all as texts"
             )
-    return data.select_columns(sorted(theirs)).add_column("index", range(len(data)))
+    return data.select_columns(sorted(theirs)).add_column(" row", range(len(data)))
 
 
 def load_rows(args, processor, contexts, names, held_out=False, optional="", pick=0):
@@ -395,8 +406,8 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
     root = root.parent if root.is_file() else root
 
     def read(batch):
-        rows = {ours: batch[theirs] for ours, theirs in columns.items()} | {"index": batch["index"]}
-        images = rows.get("images") or [[]] * len(batch["index"])
+        rows = {ours: batch[theirs] for ours, theirs in columns.items()} | {"index": batch[" row"]}
+        images = rows.get("images") or [[]] * len(rows["index"])
         opened = [open_images(cell or [], root) for cell in images]
         rows["problem"], rows["images"] = zip(*map(marked, rows["problem"], opened))
         return rows
@@ -411,10 +422,10 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
                 processor.check(view, limit)
 
     # a row's number is never that long
-    long = sum(len(str(cell)) > 200 for cell in data[columns.get("answer", "index")])
+    long = sum(len(str(cell)) > 200 for cell in data[columns.get("answer", " row")])
     if long:
         say(f"{long} answers of {name!r} have over 200 characters: nothing but the same is right")
-    numbers, data = data["index"], data.with_transform(read)
+    numbers, data = data[" row"], data.with_transform(read)
     bad = faults_of(data, check, name)
     listed = "\n  ".join(
         [f"{len(bad)} of {len(data)} rows of {name!r} cannot be used:"]
@@ -449,7 +460,10 @@ def faults_of(data, check, name):
     return dict(sorted(sum(all_gather_object(found), [])))
 
 
-def marked(problem, images) -> tuple[str, list]:
+MARK = r"(?i)<\|?(?:image|img)[ _-]*(\d*) */?\|?>"  # of an image in a question
+
+
+def marked(problem, images):
     """A question and its images, in the order of their marks, where it has any: <image>, or <image 1>, <image 2>.
 
     A chat is read if it is one user turn, in text or parts, with or without a system turn, which then stands in front.
@@ -465,28 +479,29 @@ def marked(problem, images) -> tuple[str, list]:
     for turn in turns:
         text = turn.get("content")
         if isinstance(text, list):
-            text = "".join(part.get("text") or f"<{part['type']}>" for part in text)
+            text = "".join("<image>" if part["type"] == "image" else part["text"] for part in text)
         texts.append(text)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"the question is no text ({problem!s:.60})")
     text = "\n\n".join(texts)
-    marks = re.findall(r"<(?:image|video) ?(\d*)>", text)
+    marks = re.findall(MARK, text)
     numbers = [int(mark or i) for i, mark in enumerate(marks, 1)]
     if marks and set(numbers) != set(range(1, len(images) + 1)) or "<video" in text:
-        raise ValueError(f"it marks images or videos {numbers}, and has {len(images)} images")
+        raise ValueError(f"it marks images {numbers} or videos, and has {len(images)} images")
     if marks:
         images = [images[number - 1] for number in numbers]
-    text = re.sub(r"<image ?\d+>", "<image>", text)
+    else:
+        text = "<image>" * len(images) + text
+    text = re.sub(MARK, "<image>", text)
     if not text.replace("<image>", "").strip():
         raise ValueError("there is no question")
     return text, images
 
 
-def is_empty(value) -> bool:
+def is_empty(value):
     """None, NaN, a text without an answer in it, or a list of nothing or with such."""
-    if isinstance(value, list):
-        return not value or any(is_empty(one) for one in value)
-    return value is None or value != value or isinstance(value, str) and not plain(value)
+    cells = value if isinstance(value, list) else [value]
+    return not cells or any(x is None or x != x or plain(str(x)) == "" for x in cells)
 
 
 # =============================================================================================== prompts
@@ -513,14 +528,14 @@ class Prompt:
 
 
 def message(role: str, text, images: int = 0) -> dict:
-    """A turn with `images` images: where the text marks them with <image>, else in front. 0 removes the marks.
+    """A turn with `images` images: where the text first marks them with <image>, else in front; 0 removes marks.
 
     message("user", "<image>How many?", 1) -> content [image, "How many?"]; with 0 -> ["How many?"]
     """
-    if text.count("<image>") != images:
+    if text.count("<image>") < images or not images:
         text = "<image>" * images + text.replace("<image>", "").lstrip()
     content = []
-    for piece in filter(None, re.split("(<image>)", text.lstrip())):
+    for piece in filter(None, re.split("(<image>)", text.lstrip(), maxsplit=images)):
         image = piece == "<image>"
         content.append({"type": "image" if image else "text", "text": "" if image else piece})
     return {"role": role, "content": content}
@@ -546,7 +561,7 @@ class Processor:
             pixels = {key: getattr(args, key, 0) or None for key in ("min_pixels", "max_pixels")}
             # everywhere: pixels differ between backends
             self.images = load(AutoImageProcessor, backend="pil", **pixels)
-            if not hasattr(self.images, "merge_size"):
+            if not self.config.model_type.startswith("qwen"):
                 raise UserError(
                     f"{name!r} is {self.config.model_type}. Models that see have to be of Qwen2-VL's line: Qwen2-VL, "
                     "Qwen2.5-VL, Qwen3-VL, Qwen3.5, or a mixture of experts of the last two"
@@ -580,7 +595,7 @@ class Processor:
             raise ValueError("the chat template opens <think>, in which the answer cannot begin")
         return text + context.prefill
 
-    def tokenize(self, text) -> list[int]:
+    def tokenize(self, text):
         """Token ids; no token reaches across a BREAK."""
         return [
             i
@@ -600,7 +615,7 @@ class Processor:
         pixels = self.images(images=images, return_tensors="pt")
         return Prompt(ids, pixels["pixel_values"], pixels["image_grid_thw"], images)
 
-    def ids_of(self, text, images) -> list[int]:
+    def ids_of(self, text, images):
         """Token ids, an image's placeholder as often as it has merged patches. No pixels are made.
 
         Raises ValueError if the text does not show the images.
@@ -633,7 +648,7 @@ class Processor:
                 "--max-pixels)"
             )
 
-    def batch(self, prompts, responses, images: bool = True) -> dict[str, Tensor]:
+    def batch(self, prompts, responses, images=True):
         """Right-padded inputs, and in rows/cols the positions [N] whose hidden states predict the sampled tokens.
 
         The token at c is predicted at c - 1. Prompt of 3 tokens, response of 2 -> cols 2, 3. Nobody attends to the
@@ -655,7 +670,7 @@ class Processor:
         batch["rows"], batch["cols"] = torch.tensor(places, dtype=torch.long).view(-1, 2).T
         return batch
 
-    def pad(self, prompts, side: str = "right") -> dict[str, Tensor]:
+    def pad(self, prompts, side="right"):
         """Padded model inputs. mm_token_type_ids: without them Qwen2.5-VL is silently wrong."""
         ids = {"input_ids": [p.ids for p in prompts]}
         batch = self.tokenizer.pad(ids, padding_side=side, return_tensors="pt")
@@ -691,7 +706,8 @@ def load_pretrained(name, auto, **settings):
         )
 
 
-IMAGE_KEYS = "patch_size merge_size temporal_patch_size size image_mean image_std".split()
+IMAGE_KEYS = """patch_size merge_size temporal_patch_size size resample rescale_factor do_normalize
+image_mean image_std""".split()
 
 
 def check_same_inputs(student, teacher):
@@ -751,7 +767,7 @@ class Model(nn.Module):
     def weights(self):
         """(name, whole value) of every parameter, as a checkpoint has it. All ranks go through it."""
         for name, parameter in self.lm.named_parameters():
-            yield name, full_tensor(parameter)
+            yield name, as_saved(self.lm, name, full_tensor(parameter))
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
@@ -759,7 +775,13 @@ def full_tensor(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
 
 
-def load_model(name, args, trained: bool, kind=Model) -> Model:
+def as_saved(lm, name, value):
+    """A parameter as a checkpoint has it, and back: transformers keeps the experts of Qwen3-VL-MoE transposed."""
+    turned = lm.config.model_type == "qwen3_vl_moe" and ".mlp.experts." in name
+    return value.transpose(1, 2) if turned else value
+
+
+def load_model(name, args, trained, kind=Model):
     """A checkpoint, sharded over all ranks (FSDP2): float32 at least if it is trained, else in the compute dtype.
 
     kind: Model, or what a method makes of it.
@@ -828,7 +850,7 @@ class HFEngine:
         """Take over the student's weights (Model.weights()), one whole parameter at a time."""
         ours = dict(self.lm.named_parameters())
         for name, value in weights:
-            ours[name].copy_(value)
+            ours[name].copy_(as_saved(self.lm, name, value))
 
     def sleep(self):
         """Nothing is to be generated before the next sync."""
@@ -837,7 +859,7 @@ class HFEngine:
         """Nothing is to be generated any more."""
 
     @torch.no_grad()
-    def generate(self, prompts, seeds=None) -> list[Response]:
+    def generate(self, prompts, seeds=None):
         """One response a prompt, in order.
 
         seeds: what each response is drawn with; None: greedy. Log-probs are those of the distribution sampled from.
@@ -976,7 +998,7 @@ class VLLMEngine:
         finally:
             dist.destroy_process_group = end
 
-    def generate(self, prompts, seeds=None) -> list[Response]:
+    def generate(self, prompts, seeds=None):
         """See HFEngine.generate."""
         self.wake()
         args, drawn = self.args, {"temperature": 0}
@@ -1127,7 +1149,7 @@ def make_micros(samples, contexts, processor, limit, images=True):
     return [Micro(part, contexts, processor, images) for part in parts + [[]] * missing]
 
 
-def split(items: list, parts: int) -> list[list]:
+def split(items, parts):
     """Consecutive equal parts."""
     n = len(items) // parts
     return [items[i * n : (i + 1) * n] for i in range(parts)]
@@ -1268,7 +1290,7 @@ def same_quantity(ours, gold) -> bool:
     return right in (value, value / 100 if unit == "%" else value * 100)
 
 
-def same_mathematics(ours: str, gold: str) -> bool:
+def same_mathematics(ours, gold) -> bool:
     """By math-verify. It takes tiny numbers for equal, so that the quotient is looked at; and it is not symmetric."""
     from math_verify import parse, verify
 
@@ -1278,7 +1300,7 @@ def same_mathematics(ours: str, gold: str) -> bool:
     return verify(b, a, float_rounding=12) or verify(a, b, float_rounding=12)
 
 
-def all_answers(answer) -> list[str]:
+def all_answers(answer):
     """A row's right answers as texts; most rows have one. The first is the one that a model is shown."""
     return [str(one).strip() for one in (answer if isinstance(answer, list) else [answer])]
 
@@ -1336,13 +1358,13 @@ OPTION = (
 )
 
 
-def as_option(text) -> tuple[str, str]:
+def as_option(text):
     """ "(B)", "b.", "Option B" or "B - blue" -> "B" and the text behind it; anything else -> "", ""."""
     match = re.fullmatch(OPTION, text, re.S)
     return (match[1].upper(), match[2].strip()) if match else ("", "")
 
 
-def as_list(text) -> tuple[str, list[str]]:
+def as_list(text):
     r"""Brackets and parts: "(1, 2)" -> "()", ["1", "2"]; "1 and 2" or "{1, 2}" -> "", ...; "B, A" -> "", ["A", "B"]."""
     if re.fullmatch("[A-H]{2,}", text):  # options
         return "", list(text)
@@ -1362,7 +1384,7 @@ UNIT = (
 )
 
 
-def as_quantity(text) -> tuple[Fraction | str, str]:
+def as_quantity(text):
     """Value and unit: "0.50 cm" -> 1/2, "cm"; "2 apples" -> 2, "apple"; what has no unit -> itself and ""."""
     match = re.fullmatch(rf"(.*?[\d}}]) ?({UNIT})", text)
     value, unit = match.groups() if match else (text, "")
@@ -1479,7 +1501,7 @@ class Run:
         mine = [split(part, world_size())[rank()] for part in split(numbered, self.args.updates)]
         return [self.train[i] | {"draw": n} for part in mine for n, i in part]
 
-    def update(self, micros, names, terms, extras) -> dict[str, float]:
+    def update(self, micros, names, terms, extras):
         """One optimizer step on the sum over micro-batches, terms and tokens of weight * term; what to log of it.
 
         See backward; two of the names are log_p, of the tokens, and entropy. Where the loss or the gradient is not
@@ -1704,11 +1726,13 @@ class Run:
 
         Aside first and then in place: what has a checkpoint's name is whole. final/ has no state.
         """
-        aside, dtype = self.path / f"{folder}.partial", self.processor.config.dtype or torch.float32
+        aside, config = self.path / f"{folder}.partial", self.processor.config
+        # Qwen3-VL's says it of the language model alone
+        dtype = config.dtype or config.get_text_config().dtype or torch.float32
         weights = {}
         for name, value in self.student.weights():
             if rank() == 0:
-                weights[name] = value.to(dtype).cpu()
+                weights[name] = value.to(dtype).cpu().contiguous()
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
             save_checkpoint(self.student.lm, self.processor, aside, weights)
@@ -1786,7 +1810,7 @@ def grad_norm(model) -> Tensor:
     )
 
 
-def all_terms(micros) -> dict[str, Tensor]:
+def all_terms(micros):
     """Each term over the tokens of all micro-batches, [N]."""
     return {name: torch.cat([m.terms[name] for m in micros]) for name in micros[0].terms}
 
@@ -1807,7 +1831,9 @@ def save_checkpoint(lm, processor, folder, weights=None):
     """What from_pretrained and vLLM load: the weights, and all else (config, tokenizer, images) as it came."""
     from transformers.utils import cached_file
 
-    lm.save_pretrained(folder, state_dict=weights)
+    # Model.weights has its experts as they are saved; transformers would turn them back
+    turned = lm.config.model_type == "qwen3_vl_moe"
+    lm.save_pretrained(folder, state_dict=weights, save_original_format=not turned)
     source = Path(cached_file(locate(processor.name), "config.json")).parent
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model") and ".index." not in file.name:
@@ -1821,7 +1847,7 @@ def replace_text(file, text):
     aside.replace(file)
 
 
-def whole_lines(file) -> list[str]:
+def whole_lines(file):
     """The lines of a file. What stands behind the last line's end is a killed process's, and left out."""
     data = file.read_bytes() if file.exists() else b""
     return data[: data.rfind(b"\n") + 1].decode().split("\n")[:-1]

@@ -491,7 +491,7 @@ def write_traces(folder: Path, args: Args):
     rows = common.load_rows(asked, teacher, contexts(args), "problem", pick=args.trace_rows)
     done = {record["index"] for record in read_records(folder)}
     mine = range(common.rank(), len(rows), common.world_size())
-    numbers = rows.with_format(None)["index"]
+    numbers = rows.with_format(None)[" row"]
     pending = [i for i in mine if numbers[i] not in done]
     size = args.rollout_batch
     batches = max(common.all_gather_object(math.ceil(len(pending) / size)))

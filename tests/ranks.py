@@ -4,11 +4,13 @@ What torchrun itself does (which rank it ends, what it reports) is tested with t
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import datasets  # noqa: F401
@@ -24,6 +26,16 @@ import common  # noqa: F401
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ranks"])
 GRACE = 10  # seconds in which the other ranks may end by themselves, once one has failed
+
+
+def start_server():
+    """Before Python 3.12.8 the server does not get this process's sys.path, and would preload nothing, silently."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    forkserver.ensure_running()
+    del os.environ["PYTHONPATH"]
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
 
 
 def work(command: list[str], cwd: Path, environment: dict, folder: Path):
@@ -47,6 +59,7 @@ def run_ranks(command, ranks: int, cwd: Path, folder: Path, timeout: float):
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    start_server()
     processes = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}

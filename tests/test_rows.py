@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import common
+import ptdpo
 import vgs
+import vigos
 
 SIZES = {"a.png": (64, 32), "b.png": (96, 32), "c.png": (32, 96)}
 GOOD = {"problem": "How many?", "images": ["a.png"], "answer": "3"}
@@ -107,6 +109,23 @@ def test_chats(folder, processor):
         assert f"a chat of {[turn['role'] for turn in turns]} is no question" in said, said
 
 
+@pytest.mark.parametrize(
+    "mark", ["<image_1>", "<Image 1>", "<img>", "<|image|>", "<image/>", "<image >"]
+)
+def test_marks_in_other_spellings_are_marks(folder, processor, mark):
+    (row,) = load(write(folder, [GOOD | {"problem": f"Is {mark} red?"}]), processor)
+    assert row["problem"] == "Is <image> red?"
+
+
+def test_a_mark_behind_the_question_is_text(folder, processor):
+    """A hint or a solution that spells one takes no image from the question."""
+    (row,) = load(write(folder, [GOOD]), processor)
+    row |= {"hint": "In <image> there are some.", "reference": "In <image> there are 3."}
+    for context in (vigos.privileged(row), ptdpo.tutored(row, "hint")):
+        kinds = [part["type"] for part in context.messages[-1]["content"]]
+        assert kinds == ["image", "text"], context
+
+
 # ------------------------------------------------------------------------------------------------ columns and types
 def test_objects_and_mixed_types_are_refused_and_nested_columns_named(folder, processor):
     said = refused(write(folder, [GOOD | {"answer": {"role": "user", "content": "3"}}]), processor)
@@ -118,6 +137,32 @@ def test_objects_and_mixed_types_are_refused_and_nested_columns_named(folder, pr
     said = refused(path, processor)
     assert "no column 'answer'" in said and "reward.truth" in said, said
     assert load(path, processor, column_answer="reward.truth")[0]["answer"] == "3"
+
+
+@pytest.mark.parametrize(
+    "values", [["2024-01-02"] * 2, [[{"text": "3"}]], [[["3", "4"]]], [[10, "20"]]], ids=str
+)
+def test_answers_of_a_kind_that_no_response_meets_are_refused(folder, processor, values):
+    said = refused(write(folder, [GOOD | {"answer": value} for value in values]), processor)
+    assert "column 'answer'" in said and "as texts" in said, said
+
+
+def test_class_labels_are_refused(folder, processor):
+    """Their number is no answer."""
+    features = datasets.Features(
+        problem=datasets.Value("string"),
+        images=datasets.List(datasets.Value("string")),
+        answer=datasets.ClassLabel(names=["cat", "dog"]),
+    )
+    data = datasets.Dataset.from_list([GOOD | {"answer": 1}], features=features)
+    data.to_parquet(folder / "labels.parquet")
+    assert "ClassLabel" in refused(str(folder / "labels.parquet"), processor)
+
+
+def test_a_column_may_be_called_index(folder, processor):
+    path = write(folder, [{"problem": "How many?", "images": "a.png", "index": "3"}] * 2)
+    rows = load(path, processor, column_answer="index")
+    assert [(row["answer"], row["index"]) for row in rows] == [("3", 0), ("3", 1)]
 
 
 def test_numbers_of_one_type_are_answers(folder, processor):
@@ -140,6 +185,9 @@ def test_none_and_na_are_answers_in_csv(folder, processor):
     )
     rows = load(str(folder / "rows.csv"), processor)
     assert [row["answer"] for row in rows] == ["None", "NA", "null", "nan"]
+    (folder / "rows.csv").write_text("problem,images,answer\nWhich?,a.png,007\nWhich?,a.png,1.50\n")
+    rows = load(str(folder / "rows.csv"), processor)
+    assert [row["answer"] for row in rows] == ["007", "1.50"]
     (folder / "rows.csv").write_text("problem,images,answer\nWhich?,a.png,3\nWhich?,a.png,\n")
     assert "row 1: there is no answer" in refused(str(folder / "rows.csv"), processor)
 
@@ -266,6 +314,8 @@ def test_every_row_is_there_as_it_was_or_is_named(tmp_path_factory, folder, proc
         assert row["answer"] == answer and answer.strip()
         for mark in ("<image 1>", "<image 2>"):
             problem = problem.replace(mark, "<image>")
+        if "<image>" not in problem:
+            problem = "<image>" * len(images) + problem
         assert row["problem"] == problem
         if not any("1" in mark or "2" in mark for mark in marks):
             assert sizes(row) == [SIZES[name] for name in images]
