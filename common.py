@@ -1236,7 +1236,8 @@ def extract_answer(text) -> str | None:
         return None
     answer = tail if thoughts else ""
     # braces in pairs, to any depth, from each \boxed to the next: in linear time
-    for piece in re.sub("(?s)<answer>(.*?)</answer>", r"\\boxed{\1}", tail).split("\\boxed")[1:]:
+    tail = re.sub("(?s)<answer>((?:(?!<answer>).)*?)</answer>", r"\\boxed{\1}", tail)
+    for piece in tail.split("\\boxed")[1:]:
         box = regex.match(r"\s*(\{(?:[^{}]++|(?1))*+\})", piece)
         answer = box[1][1:-1] if box else answer
     return answer.strip() or None
@@ -1258,8 +1259,8 @@ def is_correct(prediction: str | None, answer) -> bool:
 
 def same(ours: str, gold: str) -> bool:
     """Whether two plain answers are equal. The form of the gold decides how they are compared."""
-    if ours.casefold() == gold.casefold():
-        return bool(gold)
+    if ours.casefold() == gold.casefold():  # but x is not X
+        return gold != "" and (ours == gold or not is_mathematics(gold))
     # no short answer is this long, and a symbolic parser can be made to hang by one
     if max(len(ours), len(gold)) > 200:
         return False
@@ -1307,42 +1308,82 @@ def all_answers(answer):
 
 # Other ways to write the same: pattern => how it is written here; \040 is a blank.
 SPELLINGS = r"""
-\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathit|mbox)\s*\{([^{}]*)\} => \1
-<\|[^|]*\|>|\\(?:left|right)(?![a-z])|\\[,;:!]|\\[()\[\]]|\\?\$ =>
+(\\[A-Za-z]+)(?=\\(?:text|math|mbox)) => \1\040
+\\(?:text(?:bf|it|rm|tt)?|math(?:rm|bf|sf|it)|mbox|emph|ce|underline|boldsymbol|operatorname)\s*\{([^{}]*)\} => \1
+\\(?:text(?:bf|it|rm|tt)?|math(?:rm|bf|sf|it)|mbox|emph|ce|underline|boldsymbol|operatorname)\s*\{([^{}]*)\} => \1
+<\|[^|]*\|>|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])|\\[,;:!]|\\[()\[\]]|\\?\$|USD ?|US(?=\\?\$)|[€£¥₹] =>
 \\quad\b|~ => \040
 (?<!\\)\\(?=[{}% ]) =>
 (?<=\d)\{,\}(?=\d) => ,
 [\u2010-\u2015\u2212] => -
 \u2044 => /
+[\u2018\u2019] => '
+^'(.*)'$ => \1
+[\u201c\u201d] => "
+、|(?<=[\dA-H])[和与](?=[\dA-H]) => ,\040
+(?<=[\dA-H])或(?=[\dA-H]) => \040or\040
+± => \\pm\040
+π => \\pi\040
+α => \\alpha\040
+β => \\beta\040
+θ => \\theta\040
+∠ => \\angle\040
+∞ => \\infty\040
+^(?:\\approx|≈|about|approximately|约) ?(?=\d) =>
+(?<=\d)(?<!/\d) ?(?:thousand|千(?![克米瓦]))(?![a-z]) => e3
+(?<=\d)(?<!/\d) ?(?:million)\b => e6
+(?<=\d)(?<!/\d) ?(?:billion)\b => e9
+(?<=\d)(?<!/\d) ?万 => e4
+(?<=\d)(?<!/\d) ?亿 => e8
+^([-+]?\d+(?:\.\d+)?) ?(?:[x×*]|\\times|\\cdot) ?10(?:\^|\*\*)\{?(-?\d{1,3})\}?(?= |$) => \1e\2
 \\[dtc]frac => \\frac
 \\varnothing => \\emptyset
-(?<!\\)(?:√|sqrt) ?\(?(\w+)\)? => \\sqrt{\1}
+(?<!\\)(?:√|sqrt) ?(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w)) => \\sqrt{\1\2\3}
 (?<![\\a-z])pi(?![a-z]) => \\pi
-\*\*(?=\w) => ^
-\^?\{? ?\\(?:circ|degree)\b ?\}?|(?<=\d) ?degrees? => °
+(?<=\w)\*\*(?=\w) => ^
+\^?\{? ?\\(?:circ|degree)(?:(?![a-z])) ?\}?|(?<=\d) ?(?:degrees?|度) => °
 (?<=\d) ?percent => %
+(?<=\d) ?sq(?:uare|\.)? ([a-z]+)\b => \040\1^2
+(?<=\d) ?cu(?:bic|\.)? ([a-z]+)\b => \040\1^3
 (?<=\d) ?([kcm]?)(?:ilo|enti|illi)?(m)et(?:er|re)s?\b => \040\1\2
 (?<=\d) ?([kcm]?)(?:ilo|enti|illi)?(g)rams?\b => \040\1\2
-(?<=\d) ?(h)ours?\b|(?<=\d) ?(min)utes?\b|(?<=\d) ?(s)ec(?:ond)?s?\b => \040\1\2\3
+(?<=\d) ?平方厘米 => \040cm^2
+(?<=\d) ?厘米 => \040cm
+(?<=\d) ?(?:hours?|hrs?)\b => \040h
+(?<=\d) ?(min)utes?\b|(?<=\d) ?(s)ec(?:ond)?s?\b => \040\1\2
+(?<=\d) ?(?:feet|foot)\b => \040ft
+(?<=\d) ?(in)ch(?:es)?\b|(?<=\d) ?(mi)les?\b => \040\1\2
+(?<=\d) ?(?:pounds?|lbs)\b => \040lb
+(?i)(?<=\d) ?([ap])\.?m\b\.? => \040\1m
+\b0(?=\d[:/]) =>
 \^\{?(st|nd|rd|th)\b\}? => \1
-\^(-?\d{2,}) => ^{\1}
-\^\{(\w)\} => ^\1
+\^(-\d+|\d{2,}) => ^{\1}
+([_^])\{(\w)\} => \1\2
 (?<=\d) ?[x×*] ?(?=10\^) => \\cdot\040
 (?<![\d.])(\d+) (\d+)/(\d+)\b => \1\\frac{\2}{\3}
 \\frac ?(\d) ?(\d) => \\frac{\1}{\2}
 ^(-?)\\frac\{(-?\d+)\}\{(\d+)\}(?![\w^!({\\]) => \1\2/\3
-(?<![\d,.])(\d{1,3})[, ](\d{3})(?:[, ](\d{3}))?(?![,\d]) => \1\2\3
+(?<![\d,.])(\d{1,3})[, ](\d{3})(?:[, ](\d{3}))?(?:[, ](\d{3}))?(?![,\d]) => \1\2\3\4
 ^(.*?)\\pm ?(.*)$ => {\1+\2, \1-\2}
-(?i)^.*\banswer(?: is)?:?\s =>
 \s+ => \040
+(?i)^(?:.*[.,;!?] )?(?:(?!\b(?:not|never|cannot|wrong|incorrect)\b|n't)[^.,;!?])*\banswer(?: is:?|\** ?:)\** =>
+(?i)^the (?:correct |right )?(?:option|choice) is:? =>
+^(?:[Tt]he|[Aa]n?) (?=\w{2})(?!and\b|or\b) =>
+(?<=[A-Z])_\{?(\d+)\}?(?=[A-Z]|$) => \1
+^\(?([A-H])\)? ?[&+] ?\(?([A-H])\)?$ => \1, \2
+(?<![\\A-Za-z])(sin|cos|tan|log|ln)(?![A-Za-z]) => \\\1\040
+ ?= ? => =
+ ?: ?(?=\d) => :
+^(?:.*(?:答案|故)(?:是|为)?:?|答:)(?=.) =>
+^(?:故?选项?):?(?=[A-H]+$) =>
 """
-AROUND = " *\"'`"  # what may stand around an answer
+AROUND = ' *"`'  # what may stand around an answer
 
 
 def plain(text) -> str:
     r"""An answer in the usual spelling, without what stands around it: "$\text{Yes}$." -> "Yes"; "1{,}0" -> "1,0"."""
     # before the characters lose their place: x² is not x2, and 1½ not 11/2
-    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text)
+    text = re.sub("[⁰¹²³⁴-⁻]+", r"^{\g<0>}", text)
     text = re.sub("(?<=[0-9])(?=[¼-¾⅐-⅞])", " ", text)
     text = unicodedata.normalize("NFKC", text).strip(AROUND)
     for line in SPELLINGS.strip().split("\n"):
@@ -1351,15 +1392,19 @@ def plain(text) -> str:
     return text.strip(AROUND).rstrip(".。" + AROUND)
 
 
-# a letter, and behind it no other one: "A) or B)" is none
-OPTION = (
-    r"(?i:(?:option|choice|answer) )?[(\[]?([A-Za-z])(?:[)\]:]+|\.(?= |$)| -(?= )|$)"
-    r"(?!.*\b(?!A [a-z]|I [a-z])[A-Z]\b)(.*)"
-)
+# A letter, or yes or no, and what stands behind it, without another lone letter: "A) or B)" is none.
+OPTION = r"""(?x:
+    (?i:(?:option|choice|answer)[ ])? [(\[{]?
+    ((?i:(?!yes.*\bno\b|no.*\byes\b)(?:yes|no)(?=,|$)) | [A-Za-z](?!,))
+    (?: [)\]}:]+ | [.,](?=[ ]|$) | [ ]-(?=[ ]) | $)
+    # "10 N", "point C", "A cat" hold no second option
+    (?!.*(?<!\d[ ])(?<!oint[ ])(?<!ype[ ])(?<!tamin[ ])\b(?![AI][ ][a-z])[A-Z]\b)
+    (.*)
+)"""
 
 
 def as_option(text):
-    """ "(B)", "b.", "Option B" or "B - blue" -> "B" and the text behind it; anything else -> "", ""."""
+    """ "(B)", "b.", "Option B" or "B - blue" -> "B" and the text behind it; "Yes, it is" -> "YES", ...; else "", ""."""
     match = re.fullmatch(OPTION, text, re.S)
     return (match[1].upper(), match[2].strip()) if match else ("", "")
 
@@ -1371,22 +1416,30 @@ def as_list(text):
     match = re.fullmatch(r"([(\[{])((?!.*[)\]].*[(\[]).*)([)\]}])", text)
     brackets, inside = (match[1] + match[3], match[2]) if match else ("", text)
     parts = re.split(r" ?(?:, ?(?:and|or)\b|[,;]|\b(?:and|or)\b) ?(?![^(\[{]*[)\]}])", inside)
-    if all(re.fullmatch("[A-H]", part) for part in parts):
+    if re.fullmatch("(?!(?=.*A)(?=.*B).*C)(?:[A-H]|[,; ]|and|or)*", inside):  # no order of A, B, C
         parts.sort()
     return brackets.replace("{}", ""), parts
 
 
 NUMBER = r"[-+]?(?:\d+/0*[1-9]\d*|\d*\.?\d+(?:[eE][-+]?\d{1,3})?)"
-# of words, or of one letter that is no variable; "or more" is none
-UNIT = (
-    r"(?!.*(?<![^\W\d_°])(?:[a-fijkn-rt-zABD-IM-UX-Z]|or|and|to|more|less|sin|cos|tan|log|ln)(?![^\W\d_]))"
-    r"(?:[^\W\d_]|[ °%/.·])*(?:(?<=[a-z])\^-?\d)?"
-)
+UNIT = r"""(?x:
+    # no word that changes the number
+    (?!.*(?<![^\W\d_])(?:or|and|to|more|less|is|not|but|plus|minus|at|negative|maybe|perhaps|wrong|incorrect|below|above
+        |through|till|until|versus|point|squared|cubed|factorial|dozen|hundred|thousand|thirds?|hal(?:f|ves)|quarters?
+        |fourths?|fifths?|tenths?|hundredths?|thousandths?|[ap]m|BCE?|sin|cos|tan|log|ln
+        |January|February|March|April|May|June|July|August|September|October|November|December)(?![^\W\d_]))
+    (?!.*[α-λν-ω以多折成百千负]|.*分之|(?<=\d{3}0)s$)
+    # no variable, and at a number no product of them
+    (?!.*(?<![^\W\d_°])(?:[a-fijkn-rt-zBDEGIMO-SUX-Z]|(?<![ ])[AFHNT])(?![^\W\d_]))
+    (?!(?<=\d)(?!(?:[kcmdnμ]?[mglLsVWNJ]|[kMG]?(?:Hz|Pa|W|Wh|J|B|eV)|mA|mol|min|hrs?|sec|ft|in
+        |yd|mi|lbs?|oz|st|nd|rd|th|rad|atm|mph|px|kmh|bits?|pts?|yrs?)(?![A-Za-z]))[A-Za-z]{2,4}(?![A-Za-z]))
+    (?:[^\W\d_]|[ °%/.·])* (?:(?<=[a-z])\^-?\d)?
+)"""
 
 
 def as_quantity(text):
     """Value and unit: "0.50 cm" -> 1/2, "cm"; "2 apples" -> 2, "apple"; what has no unit -> itself and ""."""
-    match = re.fullmatch(rf"(.*?[\d}}]) ?({UNIT})", text)
+    match = re.fullmatch(rf"(.*?(?:[\d}}]|\\pi)) ?({UNIT})", text)
     value, unit = match.groups() if match else (text, "")
     if re.fullmatch(NUMBER, value):
         value = Fraction(value)
@@ -1395,11 +1448,16 @@ def as_quantity(text):
 
 # there is a digit, an operator or a command
 MATHEMATICS = r"[\d\\=+*/^<>-]"
-# and no word, code (A1), date, ratio or time (1:2), pair of numbers (1 2), order (B-A)
-TEXT = (
-    r"(?<![^\W\d_])(?!(?:[abcxyz]{2}|sin|cos|tan|log|ln)(?![^\W\d_]))[^\W\d_]{2}"
-    r"|[^\W\d_]\d|\d([-/.])\d+\1\d|\d:\d|(?<![_^\d])\d+ \d|\b[A-Z][->][A-Z]\b"
-)
+# and nothing of these
+TEXT = r"""(?x:
+    (?<![^\W\d_])(?!(?:[abcxyz]{2}|sin|cos|tan|log|ln)(?![^\W\d_]))[^\W\d_]{2}  # a word
+    | [^\W\d_]\d | \d_ | '  # a code, a number in another base, a prime
+    | \d([-/.])\d+\1\d | \d:\d | :\d | :\\  # a date, a time, a ratio
+    | (?<![_^\d])\d+[ ]\d | \b[A-Z][->][A-Z]\b  # two numbers, an order
+    | (?m:^[\d.]+[ ]?[-x×*][ ]?[\d.]+$)  # a range, a size
+    | (?m:^[\d. +*/-]+[<>=][\d. +*/<>=-]+$)  # a statement of numbers: all true ones would be equal
+    | \^[^+*/ \n-]*\^[^+*/ \n-]*\^  # a tower of powers, which takes too long
+)"""
 
 
 def is_mathematics(text) -> bool:
