@@ -294,7 +294,7 @@ def main():
     args = tyro.cli(Args)
     records = Records(args)
     rows, writer = load(args)
-    numbers = list(rows["index"])  # in the data
+    numbers = list(rows.with_format(None)[" row"])  # in the data
     before = sum(bool(records.last[number]["hint"]) for number in numbers)
     print(f"hints for {len(numbers)} rows, {before} of them written before; {records.file}")
     for _ in range(1 + args.attempts):
