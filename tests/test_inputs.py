@@ -130,10 +130,10 @@ def bad_rows(folder, good) -> list[tuple]:
         (good | {"images": ["a.png", None]}, "no path, bytes or image"),
         (
             good | {"problem": "<image>Left? <image>Right?"},
-            "marks images or videos [1, 2], and has 1",
+            "marks images [1, 2] or videos, and has 1",
         ),
-        (good | {"problem": "<image 2>Which?"}, "marks images or videos [2], and has 1"),
-        (good | {"problem": "<video>Which?"}, "marks images or videos [1], and has 1"),
+        (good | {"problem": "<image 2>Which?"}, "marks images [2] or videos, and has 1"),
+        (good | {"problem": "<video>Which?"}, "marks images [] or videos, and has 1"),
         (good | {"problem": "<image>"}, "no question"),
         (good | {"answer": " "}, "no answer"),
         (good | {"answer": None}, "no answer"),
