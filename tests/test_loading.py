@@ -10,7 +10,7 @@ import common
 from tools import toy
 
 SIZES = [
-    pytest.param(256, 8, 20_000, 2, id="20 million on 2"),
+    pytest.param(256, 8, 20_000, 2, id="20 million on 2", marks=pytest.mark.slow),
     pytest.param(1024, 46, 20_000, 2, id="600 million on 2", marks=pytest.mark.slow),
     pytest.param(1024, 46, 20_000, 4, id="600 million on 4", marks=pytest.mark.slow),
 ]
