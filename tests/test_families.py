@@ -378,6 +378,7 @@ def check_same(found, alone):
         assert found[name]["norm"] == pytest.approx(alone[name]["norm"], rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_gradients_on_two_ranks_are_those_on_one(root, alone, tmp_path):
     """Of every parameter, and none is zero: each expert of each layer learns."""
     for name in CLASSES:
