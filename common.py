@@ -1,7 +1,7 @@
 """What the five methods share, in the order in which a step needs it.
 
     settings    the command line                        samples    responses -> micro-batches of flat tokens
-    ranks       torchrun's processes                    losses     the vocabulary in chunks, KL, GRPO
+    ranks       torchrun's processes                    losses     KL, GRPO; over the vocabulary: kernels/vocab.py
     data        rows: question, images, answer          answers    is it right?
     prompts     chat messages -> ids and pixels         runs       models, optimizer, loop, logs
     models      checkpoints under FSDP2                 folder     what a run leaves, and how it goes on

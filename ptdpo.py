@@ -208,9 +208,9 @@ def well_formed(text: str) -> bool:
     thought, closed, rest = text.partition("</think>")
     if not closed or "<think>" in thought.lstrip().removeprefix("<think>"):
         return False
-    return (
-        "<think>" not in rest and "</think>" not in rest and common.extract_answer(rest) is not None
-    )
+    # a box is asked for: tags are none, though the answer in them counts
+    boxed = common.extract_answer(rest.replace("<answer>", "")) is not None
+    return "<think>" not in rest and "</think>" not in rest and boxed
 
 
 def route(correct: list[bool], group: int, tau: float) -> tuple[list[bool], list[bool]]:

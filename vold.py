@@ -255,7 +255,6 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
     micros = common.make_micros(samples, ["question"], run.processor, limit, images=False)
     with torch.no_grad():
         for m in micros:
-            # A rank without work has one response, of no tokens.
             m.correct = m.spread([s.correct for s in m.samples])
             m.distilled = m.spread([s.distilled for s in m.samples])
             m.known, m.log_q = torch.zeros_like(m.length), None

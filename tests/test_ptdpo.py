@@ -148,6 +148,7 @@ FORMS = {
     "<think>a</think> \\boxed{1} <think>b</think> \\boxed{2}": False,
     "a</think> \\boxed{1}</think> \\boxed{2}": False,
     "<think>a</think> \\boxed{4": False,
+    "<think>a</think> <answer>4</answer>": False,
     "<think>a</think> so \\boxed{\\frac{1}{2}}, done": True,
 }
 
