@@ -118,7 +118,7 @@ class Args:
     lr: float = 1e-6  # AdamW learning rate
     weight_decay: float = 0.01  # of matrices, not of norms and biases
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    warmup: int = 0  # updates with a linearly rising learning rate
+    warmup: int = 0  # updates with a linearly rising learning rate; the first of them has 0
     grad_clip: float = 1.0  # largest norm of the gradient
     micro_tokens: int = 8192  # tokens, all contexts, that a rank puts through the student at once
     loss_chunk: int = 256  # response tokens whose logits exist at the same time
@@ -143,12 +143,10 @@ vllm_memory timeout replicas eval_max_prompt micro_tokens loss_chunk gradient_ch
 COUNTS = "prompts group updates rollout_batch max_prompt max_response micro_tokens loss_chunk replicas".split()
 RANGES = {
     **dict.fromkeys(COUNTS, (1, math.inf)),
+    **dict.fromkeys(["top_p", "vllm_memory"], (1e-6, 1)),
+    **dict.fromkeys(["grad_clip", "timeout"], (1e-6, 1e9)),
     "temperature": (1e-6, 2),
-    "top_p": (1e-6, 1),
-    "vllm_memory": (0.01, 1),
     "seed": (0, 2**32),
-    "grad_clip": (1e-9, 1e9),
-    "timeout": (0.1, 1e5),
 }
 
 
@@ -180,6 +178,8 @@ def parse_args(cls, presets, ranges, argv=None):
             raise UserError(
                 f"--{name.replace('_', '-')} is {value}; it must lie in [{low:g}, {high:g}]"
             )
+    if args.min_pixels > args.max_pixels > 0:
+        raise UserError(f"--min-pixels {args.min_pixels} is above --max-pixels {args.max_pixels}")
     installed = importlib.util.find_spec("vllm") is not None
     if args.engine == "auto":
         args.engine = "vllm" if installed and torch.cuda.is_available() else "hf"
@@ -331,7 +331,10 @@ def load_data(name, split):
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(*str(path).split(":"), split=split)
     except Exception as e:  # every reader has errors of its own
-        raise UserError(f"data set {name!r}, split {split!r}, cannot be read: {e.__cause__ or e!r}")
+        raise UserError(
+            f"data set {name!r}, split {split!r}, cannot be read: {e.__cause__ or e!r:.300}\nIt may be a .parquet, "
+            ".json, .jsonl or .csv file, a folder, or a hub name, behind whose colon a configuration stands"
+        )
 
 
 def open_images(images, root: Path) -> list:
@@ -568,9 +571,11 @@ class Processor:
                 )
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
-        # A sampled image placeholder would promise the next forward pass an image that is not there.
+        # Never sampled: an image placeholder would promise the next forward pass an image that is not there.
         vision = [f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")]
-        self.banned = sorted({getattr(self.config, key, None) for key in vision} - {None})
+        padding = range(self.vocab, self.config.get_text_config().vocab_size)
+        named = {getattr(self.config, key, None) for key in vision} - {None}
+        self.banned = sorted(named.union(padding))
         self.control = self.tokenizer.all_special_tokens
 
     def escape(self, text) -> str:
@@ -751,6 +756,10 @@ class Model(nn.Module):
                 raise UserError(
                     f"checkpoint {name!r} has no weights for {missing}, which would be random: mend or choose another"
                 )
+            if found["unexpected_keys"]:
+                say(
+                    f"of checkpoint {name!r} these stay unused: {sorted(found['unexpected_keys'])[:3]}"
+                )
         self.eval()  # no dropout anywhere: the student is scored and trained as it samples
 
     def forward(self, batch, loss_fn=None):
@@ -842,8 +851,6 @@ class HFEngine:
         ends = self.lm.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({*ends, processor.tokenizer.eos_token_id} - {None})
-        padding = range(processor.vocab, self.lm.get_input_embeddings().weight.shape[0])
-        self.banned = [*processor.banned, *padding]
 
     @torch.no_grad()
     def sync(self, weights):
@@ -872,7 +879,7 @@ class HFEngine:
         config = t.GenerationConfig(
             eos_token_id=self.ends,
             pad_token_id=self.processor.tokenizer.pad_token_id,
-            suppress_tokens=self.banned,
+            suppress_tokens=self.processor.banned,
             max_new_tokens=args.max_response,
         )
         warpers = []
@@ -916,10 +923,10 @@ class Sampler:
         """seeds: one a response, of at most `length` tokens; None: greedy. log_probs: a [B] a step."""
         self.log_probs, self.numbers = [], None
         if seeds is not None:
-            rows = []
-            for seed in seeds:
-                generator = torch.Generator().manual_seed(seed)
-                rows.append(torch.rand(length, dtype=torch.float64, generator=generator))
+            rows = [
+                torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+                for n in seeds
+            ]
             self.numbers = torch.stack(rows).to(device())  # [B, T] in [0, 1)
 
     def __call__(self, input_ids, scores):
@@ -964,9 +971,8 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
         )
-        padding = range(processor.vocab, self.llm.model_config.get_vocab_size())
-        # as HFEngine bans them
-        self.bias = dict.fromkeys([*processor.banned, *padding], -100.0)
+        # as HFEngine suppresses them
+        self.bias = dict.fromkeys(processor.banned, -100.0)
 
     def wake(self):
         if self.asleep:
@@ -1084,7 +1090,7 @@ def reward_answers(samples, group, reward=None):
     reward: fn(sample) -> number; default: 1 for a right answer, else 0. A response that was cut off has not answered.
     """
     for s in samples:
-        s.correct = is_right(s.response, s.row["answer"])
+        s.correct = is_right(s.response, s.row)
         s.reward = reward(s) if reward else float(s.correct)
     advantages = group_advantages(torch.tensor([s.reward for s in samples]), group)
     for s, advantage in zip(samples, advantages.tolist()):
@@ -1215,9 +1221,19 @@ def sequence_old(now: Tensor, old: Tensor, divisor, response: Tensor) -> Tensor:
 
 
 # =============================================================================================== answers
-def is_right(response, answer) -> bool:
-    """Whether a response answers right, in training and in evaluation. One that was cut off has not answered."""
-    return response.finished and is_correct(extract_answer(response.text), answer)
+# An option as a question lists it, up to the next one or the line's end: its letter, and all of it.
+LISTED = r"(?<!\w)\(?(?=([A-H]))(\1[).:] *.+?)(?=\s*\(?[A-H][).:] |\s*\n|$)"
+
+
+def is_right(response, row) -> bool:
+    """Whether a response answers a row right, in training and in evaluation. One that was cut off has not answered.
+
+    Where the answer is the letter of an option that the question lists, the option's text is right too.
+    """
+    answers = all_answers(row["answer"])
+    options = dict(re.findall(LISTED, row["problem"]))
+    answers += [options.get(one.strip("(.)"), one) for one in answers]
+    return response.finished and is_correct(extract_answer(response.text), answers)
 
 
 def extract_answer(text) -> str | None:
@@ -1518,7 +1534,7 @@ class Run:
         """
         from tqdm import tqdm
 
-        args, ranks = self.args, world_size()
+        args = self.args
         self.total = args.max_steps or int(args.epochs * len(train)) // args.prompts
         if self.total == 0:
             raise UserError(
@@ -1529,7 +1545,8 @@ class Run:
         self.optimizer, self.schedule = make_optimizer(self.student, args, updates)
         say(
             f"{self.settings['file']}, preset {args.preset}: {self.total} steps of {args.prompts} questions x "
-            f"{args.group} responses in {args.updates} updates; engine {args.engine}, {ranks} ranks; in {self.path}"
+            f"{args.group} responses in {args.updates} updates; engine {args.engine}, {world_size()} ranks; in "
+            f"{self.path}"
         )
         self.begin()
         if self.step == 0:
@@ -1656,7 +1673,7 @@ class Run:
             mine = [rows[i] for i in range(rank(), len(rows), world_size())]
             prompts = [self.processor.encode(context(row)) for row in mine]
             pairs = zip(self.engine.generate(prompts), mine)
-            found = mean_over_ranks({name: [is_right(r, row["answer"]) for r, row in pairs]})
+            found = mean_over_ranks({name: [is_right(*pair) for pair in pairs]})
             self.own.setdefault(f"{name} at first", found[name])
             self.log(found)
         self.phase("evaluate")
@@ -1841,24 +1858,15 @@ def data_order(rows, prompts, seed):
 
 def make_optimizer(model, args, updates):
     """AdamW (decay on matrices only), and a schedule over `updates`: warm-up, then constant, linear or cosine to 0."""
+    from transformers import get_scheduler
+
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim <= 1]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-
-    def factor(step: int) -> float:
-        if step < args.warmup:
-            return (step + 1) / (args.warmup + 1)
-        done = (step - args.warmup) / max(1, updates - args.warmup)
-        falling = {
-            "constant": 1.0,
-            "linear": 1 - done,
-            "cosine": (1 + math.cos(math.pi * done)) / 2,
-        }
-        return falling[args.schedule]
-
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = args.schedule.replace("constant", "constant_with_warmup")
+    return optimizer, get_scheduler(schedule, optimizer, args.warmup, updates)
 
 
 def grad_norm(model) -> Tensor:

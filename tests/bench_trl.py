@@ -58,7 +58,7 @@ def ours(student: str, teacher: str, folder: Path) -> tuple[list[float], int, in
     run = common.Run("vgs", args)
     processor, train, before = common.Processor(student), questions(student), resident()
     run.load(processor, teacher)
-    run.engine.banned += run.engine.ends
+    run.processor.banned += run.engine.ends
     seconds, start = [], None
     for _ in run.steps(train, None, vgs.with_image):
         if start is not None:  # the step before ends with the push of its weights

@@ -69,4 +69,34 @@ def test_one_verdict_in_training_and_in_evaluation():
     """What was cut off has not answered, whatever it had in a box by then."""
     cut = common.Response([1], finished=False, text=r"\boxed{3}")
     whole = common.Response([1], text=r"\boxed{3}")
-    assert not common.is_right(cut, "3") and common.is_right(whole, "3")
+    row = {"problem": "How many?", "answer": "3"}
+    assert not common.is_right(cut, row) and common.is_right(whole, row)
+
+
+COLOURS = "<image>What colour?\nA. red\nB. blue\nC. dark blue\nD. None of the above"
+ANGLES = "In triangle ABC, with A: right angle. Which? (A) 30° (B) 45° (C) 2, 3 (D) 90 cm"
+
+
+@pytest.mark.parametrize(
+    "problem, answer, said, right",
+    [
+        (COLOURS, "B", "blue", True),
+        (COLOURS, "(B)", r"\text{Blue}", True),
+        (COLOURS, "B", "b", True),
+        (COLOURS, "B", "B. the blue one", True),
+        (COLOURS, "B", "dark blue", False),
+        (COLOURS, "B", "A. blue", False),
+        (COLOURS, "B", "red or blue", False),
+        (COLOURS, "D", "none of the above", True),
+        (COLOURS, ["B", "C"], "dark blue", True),
+        (COLOURS, "red", "A", False),
+        (ANGLES, "A", r"30^\circ", True),
+        (ANGLES, "A", "right angle", False),
+        (ANGLES, "C", "2, 3", True),
+        (ANGLES, "D", "90", True),
+        (ANGLES, "D", "90 m", False),
+    ],
+)
+def test_an_options_text_counts_as_its_letter(problem, answer, said, right):
+    response = common.Response([1], text=rf"\boxed{{{said}}}")
+    assert common.is_right(response, {"problem": problem, "answer": answer}) is right

@@ -43,6 +43,14 @@ def test_missing_weights_are_refused(tiny, tmp_path, rename):
     assert "has no weights for" in said and "random" in said, said
 
 
+def test_weights_that_the_model_does_not_use_are_named(tiny, tmp_path, capsys):
+    file = copy_of(tiny, tmp_path) / "model.safetensors"
+    extra = {"model.reward_head.weight": torch.zeros(2)}
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    common.Model(str(tmp_path / "student"), torch.float32)
+    assert "stay unused: ['model.reward_head.weight']" in capsys.readouterr().out
+
+
 def test_a_head_that_only_one_of_two_configs_ties_is_refused(tiny, tmp_path):
     folder = copy_of(tiny, tmp_path)
     edit(folder, "config.json", lambda config: config | {"tie_word_embeddings": False})

@@ -426,9 +426,9 @@ def test_questions_of_an_update_are_the_same_on_any_number_of_ranks(monkeypatch)
 @pytest.mark.parametrize(
     "schedule, expected",
     [
-        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1]),
-        ("linear", [0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25]),
-        ("cosine", [0.25, 0.5, 0.75, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+        ("constant", [0, 1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [0, 1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 1 / 3, 2 / 3, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
     ],
 )
 def test_schedules(schedule, expected):

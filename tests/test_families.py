@@ -228,7 +228,7 @@ def test_the_sampler_gives_the_log_probs_of_the_trainer(family):
     for part in (prompts, prompts[-1:], prompts[:3]):
         responses = hf.generate(part, seeds_for(part))
         logits = model(family.processor.batch(part, responses)) @ model.head().T
-        logits[:, hf.banned] = -torch.inf
+        logits[:, hf.processor.banned] = -torch.inf
         ids = torch.tensor([i for r in responses for i in r.ids])
         got = torch.tensor([x for r in responses for x in r.log_probs])
         expected = common.gather(logits.log_softmax(-1), ids)

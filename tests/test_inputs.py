@@ -28,6 +28,7 @@ def settings(*argv):
         ("--preset toy --prompts 0", ["--prompts is 0", "[1, inf]"]),
         ("--preset toy --top-p 1.5", ["--top-p is 1.5", "1]"]),
         ("--preset toy --temperature 0", ["--temperature is 0", "2]"]),
+        ("--preset toy --min-pixels 9000 --max-pixels 5000", ["9000 is above --max-pixels 5000"]),
         ("--preset toy --seed 100000000000000000000", ["--seed", "4.29497e+09]"]),
         ("--preset toy --alpha 1.5 --group 2", ["--alpha is 1.5", "[0, 1]"]),
         ("--preset toy --gamma -1", ["--gamma is -1", "[0, "]),
@@ -205,8 +206,11 @@ def test_missing_file_column_split_and_empty_data(tmp_path, tiny, good):
     (tmp_path / "broken.jsonl").write_text('{"problem": "a"\n{"problem"')
     with pytest.raises(common.UserError, match="JSON"):
         load(str(tmp_path / "broken.jsonl"), tiny)
-    with pytest.raises(common.UserError, match="rows.zip.* cannot be read"):
-        load(write(tmp_path, [good], "rows.zip"), tiny)
+    for name in ("rows.zip", "rows.tsv"):
+        with pytest.raises(
+            common.UserError, match=f"{name}.* cannot be read(.|\n)*.parquet, .json"
+        ):
+            load(write(tmp_path, [good], name), tiny)
 
 
 def test_images_as_paths_lists_bytes_and_other_modes(tmp_path, tiny, good):

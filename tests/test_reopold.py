@@ -282,8 +282,8 @@ def test_real_runs(tiny, tmp_path, changes):
         # exploring: what is not below the floor at the first update
         assert lines[1]["kept"] == pytest.approx(1 - lines[1]["below_floor"], abs=0.05)
         assert lines[2]["kept"] < 0.3  # refining
-        # of four updates: 1/2, 1 and 2/3, 1/3
-        assert [line["lr"] for line in lines[1:]] == pytest.approx([0.75e-3, 0.5e-3])
+        # of four updates: 0, 1 and 2/3, 1/3
+        assert [line["lr"] for line in lines[1:]] == pytest.approx([0.5e-3, 0.5e-3])
 
 
 def test_text_alone_on_two_ranks(tiny, tmp_path):

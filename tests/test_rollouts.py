@@ -40,7 +40,7 @@ def test_log_probs_are_those_of_the_distribution_sampled_from(
     model = common.Model(str(tiny / "student"), torch.float32)
     with torch.no_grad():
         logits = model(processor.batch(prompts, responses)) @ model.head().T
-    logits[:, hf.banned] = -torch.inf
+    logits[:, hf.processor.banned] = -torch.inf
     p = (logits.double() / temperature).softmax(-1)
     if top_k:
         p = torch.where(p >= p.topk(top_k).values[:, -1:], p, 0.0)
@@ -92,11 +92,15 @@ def test_placeholders_and_padding_rows_are_never_sampled(tiny, tiny_rows, proces
     """At temperature 20 tokens are nearly uniform: without the ban hundreds would be placeholders or padding."""
     torch.manual_seed(0)
     hf = engine(tiny, processor, max_response=32, temperature=20.0)
-    assert processor.image_id in hf.banned and 511 in hf.banned and len(hf.banned) > 8
+    assert (
+        processor.image_id in hf.processor.banned
+        and 511 in hf.processor.banned
+        and len(hf.processor.banned) > 8
+    )
     prompts = [processor.encode(vgs.with_image(tiny_rows[i % 8])) for i in range(64)]
     responses = hf.generate(prompts, seeds_for(prompts))
     sampled = [token for r in responses for token in r.ids]
-    assert len(sampled) > 1000 and not set(sampled) & set(hf.banned)
+    assert len(sampled) > 1000 and not set(sampled) & set(hf.processor.banned)
 
 
 def test_greedy_repeats_itself_and_responses_end_once(tiny, tiny_rows, processor):
@@ -230,7 +234,7 @@ def test_evaluation_on_a_worked_example():
             assert seeds is None
             return [common.Response([1], True, texts[i]) for i in prompts]
 
-    rows = [{"answer": "5", "index": i} for i in range(4)]
+    rows = [{"problem": "Which?", "answer": "5", "index": i} for i in range(4)]
     assert accuracy(Engine(), rows, lambda row: row["index"]) == 0.5
 
 

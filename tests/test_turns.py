@@ -389,7 +389,7 @@ def test_what_was_sampled_in_turns_has_the_trainers_log_probs(tiny, tiny_rows, p
 
     model.lm.model.register_forward_hook(keep)
     logits = model(m.batch) @ model.head().T
-    logits[:, engine.banned] = -torch.inf
+    logits[:, engine.processor.banned] = -torch.inf
     log_p = common.gather(logits.log_softmax(-1), m.ids)
     torch.testing.assert_close(log_p, m.sampled, rtol=0, atol=5e-5)
     log_p.sum().backward()
