@@ -208,7 +208,7 @@ faults(
         "Run.backward": "multiply 1",
         "Run.draw": "multiply 1",
         "Run.update": "not 1, subtract 1",
-        "make_optimizer": "divide 1, subtract 1",
+        "make_optimizer": "flip 1, flip 2",
     },
 )
 faults(

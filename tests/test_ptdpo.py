@@ -239,7 +239,9 @@ def answering(monkeypatch, texts: dict[str, list[str]], hinted=lambda name: True
             for text in texts[name]:
                 response = common.Response([1], True, text)
                 samples.append(
-                    common.Sample({"answer": "1", "name": name}, dict(prompts), response)
+                    common.Sample(
+                        {"problem": "", "answer": "1", "name": name}, dict(prompts), response
+                    )
                 )
         return samples
 

@@ -67,7 +67,9 @@ def test_kdrls_falling_beta():
 
 def test_a_response_that_was_cut_off_is_wrong():
     done, cut = (
-        common.Sample({"answer": "4"}, {}, common.Response([1], finished, "\\boxed{4}"))
+        common.Sample(
+            {"problem": "", "answer": "4"}, {}, common.Response([1], finished, "\\boxed{4}")
+        )
         for finished in (True, False)
     )
     common.reward_answers([done, cut], 2)
