@@ -321,10 +321,12 @@ def load_data(name, split):
         )
     path = Path(locate(name))
     try:
-        if path.is_file():
-            kind = path.suffix[1:].replace("jsonl", "json")
+        kind = path.suffix[1:].replace("jsonl", "json")
+        if kind in ("parquet", "json", "csv") and not path.is_dir():
             if kind == "csv":  # as it is written: "NA" and "007" are answers
                 table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+                if not isinstance(table.index, pandas.RangeIndex):
+                    raise ValueError("its rows have more fields than its header")
                 return datasets.Dataset.from_pandas(table)
             return datasets.load_dataset(kind, data_files=str(path), split="train")
         if (path / "state.json").exists():
@@ -364,7 +366,7 @@ def open_images(images, root: Path) -> list:
 KINDS = {
     "images": "",
     "problem": r"Value\('(large_)?string|List",
-    "answer": r"(List\()?Value\('(?!time|date|binary|large_binary)",
+    "answer": r"(List\()?Value\('(?!time|date|duration|float16|float32|binary|large_binary)",
 }
 
 
@@ -437,8 +439,9 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
     # what is measured is measured on all rows
     if bad and (held_out or not args.skip_bad_rows or len(bad) == len(data)):
         raise UserError(
-            f"{listed}\nMend them; training rows can be left out with --skip-bad-rows. Relative image paths begin at "
-            "the data, those of a hub data set where you start: unpack its images there"
+            f"{listed}\nMend them; training rows, but no held-out ones, can be left out with --skip-bad-rows. Where "
+            "images were not found: relative paths begin at the data, those of a hub data set where you start: unpack "
+            "its images there"
         )
     if bad:
         say(f"{listed}\nThey are left out")
@@ -476,16 +479,14 @@ def marked(problem, images):
     roles = [turn.get("role") for turn in turns]
     if roles not in (["user"], ["system", "user"]):
         raise ValueError(
-            f"a chat of {roles} is no question: it may have one user turn, and a system turn before it"
+            f"a chat of {roles} is no question: it may have one user turn in these roles, and a system turn before it"
         )
     texts = []
     for turn in turns:
         text = turn.get("content")
         if isinstance(text, list):
-            text = "".join("<image>" if part["type"] == "image" else part["text"] for part in text)
+            text = "".join("<image>" if "image" in part["type"] else part["text"] for part in text)
         texts.append(text)
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"the question is no text ({problem!s:.60})")
     text = "\n\n".join(texts)
     marks = re.findall(MARK, text)
     numbers = [int(mark or i) for i, mark in enumerate(marks, 1)]
@@ -569,6 +570,10 @@ class Processor:
                     f"{name!r} is {self.config.model_type}. Models that see have to be of Qwen2-VL's line: Qwen2-VL, "
                     "Qwen2.5-VL, Qwen3-VL, Qwen3.5, or a mixture of experts of the last two"
                 )
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"checkpoint {name!r} has no chat template: choose an instruction model"
+            )
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
         # Never sampled: an image placeholder would promise the next forward pass an image that is not there.
@@ -628,7 +633,9 @@ class Processor:
         ids = self.tokenize(text)
         shown = ids.count(self.image_id)
         if shown != len(images):
-            raise ValueError(f"{self.name!r} shows {shown} of the prompt's {len(images)} images")
+            raise ValueError(
+                f"{self.name!r} shows {shown} of the prompt's {len(images)} images; a model of text alone shows none"
+            )
         left = iter(images)
         expanded = []
         for token in ids:
@@ -1283,13 +1290,15 @@ def same(ours: str, gold: str) -> bool:
     (letter, text), (right, meaning) = as_option(ours), as_option(gold)
     if right and not letter:
         return same(ours, meaning)
+    if letter and text and not right:
+        return same(text, gold)
     if right:
         return letter == right and (not text or not meaning or same(text, meaning))
     (brackets, parts), (needed, golds) = as_list(ours), as_list(gold)
     shorter, longer = sorted((len(parts), len(golds)))
     if longer > 1 and (shorter > 1 or brackets == needed):
         equal = map(same, parts, golds)
-        if re.search(r"^\{|\bor\b", gold):  # a set has no order
+        if re.search(r"^\{|\bor\b|=.*=", gold):  # a set has no order
             equal = (any(same(one, other) for one in parts) for other in golds)
         return shorter == longer and brackets == needed and all(equal)
     return same_quantity(ours, gold)
@@ -1308,11 +1317,12 @@ def same_quantity(ours, gold) -> bool:
 
 
 def same_mathematics(ours, gold) -> bool:
-    """By math-verify. It takes tiny numbers for equal, so that the quotient is looked at; and it is not symmetric."""
+    """By math-verify. It takes tiny numbers for equal, so that the quotient of numbers is looked at; and it is not
+    symmetric."""
     from math_verify import parse, verify
 
     a, b = parse(f"\\boxed{{{ours}}}"), parse(f"\\boxed{{{gold}}}")
-    if all(getattr(x, "is_rational", False) for x in a[:1] + b[:1]):
+    if all(getattr(x, "is_number", False) for x in a[:1] + b[:1]):
         a, b = parse("1"), parse(rf"\boxed{{\frac{{{ours}}}{{{gold}}}}}")
     return verify(b, a, float_rounding=12) or verify(a, b, float_rounding=12)
 
@@ -1324,12 +1334,12 @@ def all_answers(answer):
 
 # Other ways to write the same: pattern => how it is written here; \040 is a blank.
 SPELLINGS = r"""
-(\\[A-Za-z]+)(?=\\(?:text|math|mbox)) => \1\040
-\\(?:text(?:bf|it|rm|tt)?|math(?:rm|bf|sf|it)|mbox|emph|ce|underline|boldsymbol|operatorname)\s*\{([^{}]*)\} => \1
-\\(?:text(?:bf|it|rm|tt)?|math(?:rm|bf|sf|it)|mbox|emph|ce|underline|boldsymbol|operatorname)\s*\{([^{}]*)\} => \1
+\\(?:(?:text)?color ?\{\w+\}|(?:text|math(?!bb)|mbox|emph|ce|b[mf]|bold|underline|operator)[a-z]*) ?\{([^{}]*)\} => \1
+\\(?:(?:text)?color ?\{\w+\}|(?:text|math(?!bb)|mbox|emph|ce|b[mf]|bold|underline|operator)[a-z]*) ?\{([^{}]*)\} => \1
 <\|[^|]*\|>|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])|\\[,;:!]|\\[()\[\]]|\\?\$|USD ?|US(?=\\?\$)|[€£¥₹] =>
 \\quad\b|~ => \040
 (?<!\\)\\(?=[{}% ]) =>
+\s+ => \040
 (?<=\d)\{,\}(?=\d) => ,
 [\u2010-\u2015\u2212] => -
 \u2044 => /
@@ -1339,25 +1349,28 @@ SPELLINGS = r"""
 、|(?<=[\dA-H])[和与](?=[\dA-H]) => ,\040
 (?<=[\dA-H])或(?=[\dA-H]) => \040or\040
 ± => \\pm\040
+<= => \\le\040
+>= => \\ge\040
+^(\d+) ?\\times ?(\d+)$ => \1×\2
 π => \\pi\040
-α => \\alpha\040
-β => \\beta\040
-θ => \\theta\040
 ∠ => \\angle\040
 ∞ => \\infty\040
-^(?:\\approx|≈|about|approximately|约) ?(?=\d) =>
+^(?:\w ?)?(?:\\approx|≈|about|approximately|约) ?(?=\d) =>
+(?<=\S) ?(?:\\approx|≈).*$ =>
+^\+ ?(?=\\infty) =>
 (?<=\d)(?<!/\d) ?(?:thousand|千(?![克米瓦]))(?![a-z]) => e3
 (?<=\d)(?<!/\d) ?(?:million)\b => e6
 (?<=\d)(?<!/\d) ?(?:billion)\b => e9
 (?<=\d)(?<!/\d) ?万 => e4
 (?<=\d)(?<!/\d) ?亿 => e8
 ^([-+]?\d+(?:\.\d+)?) ?(?:[x×*]|\\times|\\cdot) ?10(?:\^|\*\*)\{?(-?\d{1,3})\}?(?= |$) => \1e\2
-\\[dtc]frac => \\frac
 \\varnothing => \\emptyset
 (?<!\\)(?:√|sqrt) ?(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w)) => \\sqrt{\1\2\3}
 (?<![\\a-z])pi(?![a-z]) => \\pi
 (?<=\w)\*\*(?=\w) => ^
 \^?\{? ?\\(?:circ|degree)(?:(?![a-z])) ?\}?|(?<=\d) ?(?:degrees?|度) => °
+(?<!\d)°|°(?= ?[-+]) =>
+° ?(?=[CF]\b) => \040
 (?<=\d) ?percent => %
 (?<=\d) ?sq(?:uare|\.)? ([a-z]+)\b => \040\1^2
 (?<=\d) ?cu(?:bic|\.)? ([a-z]+)\b => \040\1^3
@@ -1369,26 +1382,31 @@ SPELLINGS = r"""
 (?<=\d) ?(min)utes?\b|(?<=\d) ?(s)ec(?:ond)?s?\b => \040\1\2
 (?<=\d) ?(?:feet|foot)\b => \040ft
 (?<=\d) ?(in)ch(?:es)?\b|(?<=\d) ?(mi)les?\b => \040\1\2
+(?<=\d) ?yards?\b => \040yd
+(?<=\d) ?(m?)(?:illi)?lit(?:er|re)s?\b => \040\1L
 (?<=\d) ?(?:pounds?|lbs)\b => \040lb
 (?i)(?<=\d) ?([ap])\.?m\b\.? => \040\1m
 \b0(?=\d[:/]) =>
 \^\{?(st|nd|rd|th)\b\}? => \1
 \^(-\d+|\d{2,}) => ^{\1}
 ([_^])\{(\w)\} => \1\2
-(?<=\d) ?[x×*] ?(?=10\^) => \\cdot\040
 (?<![\d.])(\d+) (\d+)/(\d+)\b => \1\\frac{\2}{\3}
 \\frac ?(\d) ?(\d) => \\frac{\1}{\2}
 ^(-?)\\frac\{(-?\d+)\}\{(\d+)\}(?![\w^!({\\]) => \1\2/\3
-(?<![\d,.])(\d{1,3})[, ](\d{3})(?:[, ](\d{3}))?(?:[, ](\d{3}))?(?![,\d]) => \1\2\3\4
+(?<![\d,.(\[{])([1-9]\d{,2})[, ](\d{3})(?:[, ](\d{3}))?(?:[, ](\d{3}))?(?![,\d)\]}]) => \1\2\3\4
 ^(.*?)\\pm ?(.*)$ => {\1+\2, \1-\2}
-\s+ => \040
 (?i)^(?:.*[.,;!?] )?(?:(?!\b(?:not|never|cannot|wrong|incorrect)\b|n't)[^.,;!?])*\banswer(?: is:?|\** ?:)\** =>
 (?i)^the (?:correct |right )?(?:option|choice) is:? =>
+(?i)^the (?:(?!\b(?:not|never|wrong|incorrect)\b|n't)[^.,;=\d])* is (?=[-\\\d]) =>
+^(.*) is (?:the )?(?:correct|right)(?: answer| option| choice)?$ => \1
+(?: |\\\\)+$ =>
 ^(?:[Tt]he|[Aa]n?) (?=\w{2})(?!and\b|or\b) =>
-(?<=[A-Z])_\{?(\d+)\}?(?=[A-Z]|$) => \1
+(?:(?<=[A-Z])|(?<=[A-Z][a-z])|(?<=\)))_\{?(\d+)\}?(?=[A-Z(]|$) => \1
 ^\(?([A-H])\)? ?[&+] ?\(?([A-H])\)?$ => \1, \2
 (?<![\\A-Za-z])(sin|cos|tan|log|ln)(?![A-Za-z]) => \\\1\040
- ?= ? => =
+ ?([=<>]) ? => \1
+^m? ?(?:\\angle ?)?(?:[A-Z]{2,}|\d|[A-Za-z ]{4,})=(?=[^=]*$) =>
+^\\(?:overline|triangle|angle) ?\{?([A-Z]+)\}?$ => \1
  ?: ?(?=\d) => :
 ^(?:.*(?:答案|故)(?:是|为)?:?|答:)(?=.) =>
 ^(?:故?选项?):?(?=[A-H]+$) =>
@@ -1405,16 +1423,17 @@ def plain(text) -> str:
     for line in SPELLINGS.strip().split("\n"):
         pattern, _, usual = line.partition(" =>")
         text = re.sub(pattern, usual.strip(), text)
-    return text.strip(AROUND).rstrip(".。" + AROUND)
+    return text.strip(AROUND).rstrip(".。;" + AROUND)
 
 
-# A letter, or yes or no, and what stands behind it, without another lone letter: "A) or B)" is none.
+# A letter, or yes or no, and what stands behind it, without another option: "A) or B)" is none.
 OPTION = r"""(?x:
-    (?i:(?:option|choice|answer)[ ])? [(\[{]?
-    ((?i:(?!yes.*\bno\b|no.*\byes\b)(?:yes|no)(?=,|$)) | [A-Za-z](?!,))
-    (?: [)\]}:]+ | [.,](?=[ ]|$) | [ ]-(?=[ ]) | $)
-    # "10 N", "point C", "A cat" hold no second option
-    (?!.*(?<!\d[ ])(?<!oint[ ])(?<!ype[ ])(?<!tamin[ ])\b(?![AI][ ][a-z])[A-Z]\b)
+    (?i:(?:option|choice|answer|figure|image|graph|diagram|picture)[ ])? [(\[{]?
+    ((?i:(?!yes.*\bno\b|no.*\byes\b)(?:yes|no)(?=[.,;:][ ][a-z]|[ ][-(]|$)) | [A-Za-z](?!,))
+    (?: [)\]}:]+ | [.,](?=[ ]|$) | (?<=[A-H])[ ]-(?=[ ]) | [ ](?=\() | $)
+    # another option
+    (?!.*(?:\b[A-H][).:](?![A-Z]) | [ ][a-h][).][ ] | \([a-h]\) | (?:\bor|/)[ ]?\(?[A-Ha-h]\b))
+    (?![ ]?[A-H]$ | .*\bmaybe[ ][A-H]$)
     (.*)
 )"""
 
@@ -1442,7 +1461,7 @@ UNIT = r"""(?x:
     # no word that changes the number
     (?!.*(?<![^\W\d_])(?:or|and|to|more|less|is|not|but|plus|minus|at|negative|maybe|perhaps|wrong|incorrect|below|above
         |through|till|until|versus|point|squared|cubed|factorial|dozen|hundred|thousand|thirds?|hal(?:f|ves)|quarters?
-        |fourths?|fifths?|tenths?|hundredths?|thousandths?|[ap]m|BCE?|sin|cos|tan|log|ln
+        |fourths?|fifths?|tenths?|hundredths?|thousandths?|[ap]m|BCE?|trillion|crore|lakh
         |January|February|March|April|May|June|July|August|September|October|November|December)(?![^\W\d_]))
     (?!.*[α-λν-ω以多折成百千负]|.*分之|(?<=\d{3}0)s$)
     # no variable, and at a number no product of them
@@ -1466,19 +1485,21 @@ def as_quantity(text):
 MATHEMATICS = r"[\d\\=+*/^<>-]"
 # and nothing of these
 TEXT = r"""(?x:
-    (?<![^\W\d_])(?!(?:[abcxyz]{2}|sin|cos|tan|log|ln)(?![^\W\d_]))[^\W\d_]{2}  # a word
+    (?<![^\W\d_])(?![abcxyz]{2}(?![^\W\d_]))[^\W\d_]{2}  # a word
     | [^\W\d_]\d | \d_ | '  # a code, a number in another base, a prime
-    | \d([-/.])\d+\1\d | \d:\d | :\d | :\\  # a date, a time, a ratio
+    | \d([-/.])\d+\1\d | :\d | !.*!  # a date, a time or a ratio, two factorials, which take too long
     | (?<![_^\d])\d+[ ]\d | \b[A-Z][->][A-Z]\b  # two numbers, an order
     | (?m:^[\d.]+[ ]?[-x×*][ ]?[\d.]+$)  # a range, a size
-    | (?m:^[\d. +*/-]+[<>=][\d. +*/<>=-]+$)  # a statement of numbers: all true ones would be equal
+    # one equation, which is more than a name and its value
+    | \A(?=[^=]*=[^=]*\Z)(?:.*\n)?(?![ ]*\{?[A-Za-z]?\}?(?:_\w+)?(?:\([^()\n]*\))?=)[^=\n]*(?<!_\{\w)=
+    | (?m:^[ ]*[\d.][\d. +*/-]*[<>=][\d. +*/<>=-]+$)  # a statement of numbers: all true ones would be equal
     | \^[^+*/ \n-]*\^[^+*/ \n-]*\^  # a tower of powers, which takes too long
 )"""
 
 
 def is_mathematics(text) -> bool:
     """Whether to parse a text."""
-    names = re.sub(r"\\(?:begin|end|mathbb) ?\{\w+\}|\\[A-Za-z]+", " ", text)
+    names = re.sub(r"\\(?:begin|end|mathbb) ?\{\w+\}|\\[A-Za-z]+", "  ", text)
     return bool(re.search(MATHEMATICS, text)) and not re.search(TEXT, names)
 
 
@@ -1545,8 +1566,8 @@ class Run:
         self.optimizer, self.schedule = make_optimizer(self.student, args, updates)
         say(
             f"{self.settings['file']}, preset {args.preset}: {self.total} steps of {args.prompts} questions x "
-            f"{args.group} responses in {args.updates} updates; engine {args.engine}, {world_size()} ranks; in "
-            f"{self.path}"
+            f"{args.group} responses in {args.updates} updates; engine {args.engine}, {world_size()} ranks; rows "
+            f"of {args.data!r}, held out {args.eval_data!r}; in {self.path}"
         )
         self.begin()
         if self.step == 0:

@@ -31,10 +31,14 @@ def test_verdicts(case):
 
 
 WORD = st.text(string.ascii_lowercase, min_size=1, max_size=7)
-CODE = st.tuples(
-    st.sampled_from(string.ascii_uppercase),
-    st.text(string.ascii_uppercase + "0123456789-/.:", min_size=1, max_size=6),
-).map("".join)
+CODE = (
+    st.tuples(
+        st.sampled_from(string.ascii_uppercase),
+        st.text(string.ascii_uppercase + "0123456789-/.:", min_size=1, max_size=6),
+    )
+    .map("".join)
+    .filter(lambda code: sum(map(str.isalnum, code)) > 1)
+)  # "A:" is the option A
 DATE = st.dates().flatmap(
     lambda day: st.sampled_from([f"{day:%Y-%m-%d}", f"{day:%d/%m/%Y}", f"{day:%d.%m.%Y}"])
 )

@@ -192,6 +192,13 @@ def test_none_and_na_are_answers_in_csv(folder, processor):
     assert "row 1: there is no answer" in refused(str(folder / "rows.csv"), processor)
 
 
+def test_rows_of_a_csv_that_are_longer_than_its_header_are_refused(folder, processor):
+    """pandas would take their first cells for the rows' names, and shift all others."""
+    (folder / "long.csv").write_text("problem,answer\nHow many are 1, 2 and 3?,3\n")
+    with pytest.raises(common.UserError, match="more fields than its header"):
+        common.load_data(str(folder / "long.csv"), "train")
+
+
 def test_columns_that_nobody_asked_for_do_no_harm(folder, processor):
     image = {"bytes": (folder / "a.png").read_bytes(), "path": None}
     record = GOOD | {"index": "x", "tables": [[1, 2], [3]], "figures": {"left": image}}

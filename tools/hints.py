@@ -19,6 +19,7 @@ by their kind alone: an error's text may quote the request, which holds a row's 
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import os
@@ -167,6 +168,7 @@ class Endpoint:
         for turn in context.messages:
             for part in turn["content"]:
                 if part["type"] == "image":
+                    part.pop("text")
                     part.update(type="image_url", image_url={"url": as_data_url(next(images))})
         request = client.chat.completions.create(
             model=self.args.model,
@@ -178,6 +180,7 @@ class Endpoint:
             return as_response(reply), ""
         except Exception as e:  # the client's own, and whatever an answer that is none leads to
             fault, kind = request_fault(e), type(e).__name__
+            kind += f" of {e.param}" if getattr(e, "param", None) else ""
         if not fault:
             raise EndpointError(kind)
         print(f"row {row['index']} is passed over: {FAULTS[fault]} ({kind})", file=sys.stderr)
@@ -234,10 +237,11 @@ class Records:
     A row without a hint has "" there. faults: of all its hints that were rejected, and of its requests that failed.
     """
 
-    def __init__(self, args: Args):
+    def __init__(self, args: Args, problems: list[str]):
         """Reads what earlier starts wrote; the half line of one that was killed goes."""
         self.file, self.model = Path(args.output, "hints.jsonl"), args.model
-        self.data = f"{args.data}, {args.data_split}"
+        questions = hashlib.blake2b(repr(problems).encode(), digest_size=8).hexdigest()
+        self.data = f"{args.data}, {args.data_split}, questions {questions}"
         self.last = defaultdict(lambda: {"hint": "", "faults": []})  # of each row
         self.passed_over = set()  # rows whose request failed in this start
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +250,7 @@ class Records:
             self.last[record["row"]] = record
             if record["data"] != self.data:
                 raise common.UserError(
-                    f"{self.file} has hints for {record['data']}: choose another --output"
+                    f"{self.file} has hints for {record['data']}, not for {self.data}: choose another --output"
                 )
         common.replace_text(self.file, "".join(f"{line}\n" for line in lines))
 
@@ -292,13 +296,19 @@ def main():
     import tyro
 
     args = tyro.cli(Args)
-    records = Records(args)
     rows, writer = load(args)
-    numbers = list(rows.with_format(None)[" row"])  # in the data
+    raw = rows.with_format(None)
+    records = Records(args, list(raw[args.column_problem]))
+    numbers = list(raw[" row"])  # in the data
     before = sum(bool(records.last[number]["hint"]) for number in numbers)
     print(f"hints for {len(numbers)} rows, {before} of them written before; {records.file}")
     for _ in range(1 + args.attempts):
         writer.write(rows, records.waiting(numbers), records.keep)
+        if len(records.passed_over) == len(numbers):
+            raise common.UserError(
+                "every request failed, see above: look at --endpoint, --model, --timeout and --max-response, and at "
+                "the endpoint's log. Start again when they are mended"
+            )
     write_table(records.last, numbers, args)
 
 
@@ -307,6 +317,7 @@ def write_table(records: dict[int, dict], kept: list[int], args: Args):
     path = Path(args.output, "rows.parquet")
     table = common.load_data(args.data, args.data_split).select(kept)
     if args.column_hint in table.column_names:
+        print(f"the column {args.column_hint!r} of the data is replaced")
         table = table.remove_columns(args.column_hint)
     hints = [records[row]["hint"] for row in kept]
     table.add_column(args.column_hint, hints).to_parquet(path)
@@ -317,7 +328,8 @@ def write_table(records: dict[int, dict], kept: list[int], args: Args):
     failed = {fault: faults[fault] for fault in faults if fault in REQUEST_FAULTS}
     print(
         f"{len(found) - anew} kept at once, {anew} after writing anew, {len(kept) - len(found)} dropped (empty hint); "
-        f"rejected: {rejected}; requests that failed: {failed}\nwritten to {path}"
+        f"rejected: {rejected}; requests that failed: {failed}\nwritten to {path}; it belongs beside "
+        f"{args.data}, where relative image paths begin"
     )
 
 
