@@ -72,10 +72,9 @@ def is_first_error() -> bool:
     """Asked once a rank. torchrun's store is there before the ranks know each other; its restarts count anew."""
     if "RANK" not in os.environ:
         return True
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     port = int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
-    return store.add(f"errors {start}", 1) == 1
+    return store.add(f"errors {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
 
 
 # =============================================================================================== settings
@@ -235,6 +234,12 @@ def launch(main):
             f"rank {rank()} is out of GPU memory ({str(e).splitlines()[0]}). Lower --micro-tokens, --loss-chunk or "
             "--vllm-memory, set --gradient-checkpointing, or use more GPUs; tools.plan says what a run needs"
         )
+    except Exception:
+        if is_first_error():
+            raise
+        raise SystemExit(
+            1
+        )  # another rank has said why it stopped: this one's broken connection is no news
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -650,14 +655,15 @@ class Processor:
     def check(self, context, limit):
         """Raises ValueError where a context cannot be used. Cheap: no pixels are made."""
         text = self.render(context)
-        for part in (part for turn in context.messages for part in turn["content"]):
-            if self.escape(part["text"]).strip() not in text:
-                raise ValueError(f"the chat template leaves out {part['text'].strip()[:60]!r}")
+        for turn in context.messages:
+            for part in turn["content"]:
+                if self.escape(part["text"]).strip() not in text:
+                    raise ValueError(f"the chat template leaves out {part['text'].strip()[:60]!r}")
         size = len(self.ids_of(text, context.images))
-        if size > limit:
+        if size > limit or len(context.images) > IMAGES:
             raise ValueError(
-                f"the prompt has {size} tokens; the limit is {limit} (--max-prompt, --eval-max-prompt; large images: "
-                "--max-pixels)"
+                f"the prompt has {size} tokens and {len(context.images)} images; the limits are {limit} (--max-prompt, "
+                f"--eval-max-prompt; large images: --max-pixels) and {IMAGES}"
             )
 
     def batch(self, prompts, responses, images=True):

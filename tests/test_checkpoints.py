@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers as t
-from conftest import flags, layout_gradients, refusal
+from conftest import flags, layout_gradients, refusal, run_script
 from safetensors.torch import load_file, save_file
 
 import common
@@ -41,6 +41,18 @@ def test_missing_weights_are_refused(tiny, tmp_path, rename):
     save_file(kept, file, metadata={"format": "pt"})
     said = refusal("vgs.py", flags(tiny, tmp_path / "run", student=tmp_path / "student"))
     assert "has no weights for" in said and "random" in said, said
+
+
+def test_the_other_rank_is_silent_where_the_first_finds_weights_missing(tiny, tmp_path):
+    """It waits for them, and its broken connection is no news."""
+    file = copy_of(tiny, tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    kept = {name: value for name, value in weights.items() if without_vision(name)}
+    save_file(kept, file, metadata={"format": "pt"})
+    argv = flags(tiny, tmp_path / "run", student=tmp_path / "student")
+    said = run_script("vgs.py", *argv, torchrun=2).stderr
+    assert said.count("has no weights for") == said.count("error: ") == 1, said
+    assert "common.py" not in said.split("has no weights for")[1], said
 
 
 def test_weights_that_the_model_does_not_use_are_named(tiny, tmp_path, capsys):

@@ -385,7 +385,7 @@ REFUSED = [
     ("--draws is 0", {"draws": 0}),
     ("--support is 2000", {"support": 2000}),
     ("its tutor is --student", {"teacher": "some/model"}),
-    ("the limit is 110", {"max_prompt": 110}),
+    ("the limits are 110", {"max_prompt": 110}),
 ]
 
 

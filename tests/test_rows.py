@@ -242,6 +242,14 @@ def test_a_missing_image_says_where_it_was_looked_for(folder, processor):
     assert f"{folder}/x/1.png" in said and "unpack its images there" in said, said
 
 
+def test_more_images_than_vllm_makes_room_for_are_refused(folder, processor):
+    path = write(
+        folder, [dict(problem="Which?", images=["a.png"] * n, answer="3") for n in (16, 17)]
+    )
+    assert "row 1: the prompt has" in refused(path, processor, max_prompt=4096)
+    assert "row 0" not in refused(path, processor, max_prompt=4096)
+
+
 def test_limits_of_pixels(folder, processor, tiny):
     args = common.Args(min_pixels=100_000, max_pixels=120_000)
     limited = common.Processor(str(tiny / "student"), args)
