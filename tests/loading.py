@@ -47,7 +47,7 @@ def main():
     common.all_gather_object(None)
     done.set()
     copy = sum(4 * p.numel() for p in model.parameters())
-    sums = {name: float(value.double().sum()) for name, value in model.weights()}
+    sums = {name: float(value.detach().double().sum()) for name, value in model.weights()}
     if common.rank() == 0:
         thread.join()
         found = {"copy": copy, "peak": peak[0] - before, "sums": sums}
