@@ -142,9 +142,11 @@ vllm_memory timeout replicas eval_max_prompt micro_tokens loss_chunk gradient_ch
 COUNTS = "prompts group updates rollout_batch max_prompt max_response micro_tokens loss_chunk replicas".split()
 RANGES = {
     **dict.fromkeys(COUNTS, (1, math.inf)),
-    **dict.fromkeys(["top_p", "vllm_memory"], (1e-6, 1)),
-    **dict.fromkeys(["grad_clip", "timeout"], (1e-6, 1e9)),
     "temperature": (1e-6, 2),
+    "top_p": (1e-6, 1),
+    "vllm_memory": (0.01, 1),
+    "grad_clip": (1e-9, 1e9),
+    "timeout": (0.1, 1e5),
     "seed": (0, 2**32),
 }
 
@@ -237,9 +239,8 @@ def launch(main):
     except Exception:
         if is_first_error():
             raise
-        raise SystemExit(
-            1
-        )  # another rank has said why it stopped: this one's broken connection is no news
+        # another rank has said why it stopped: this one's broken connection is no news
+        raise SystemExit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -491,6 +492,8 @@ def marked(problem, images):
         text = turn.get("content")
         if isinstance(text, list):
             text = "".join("<image>" if "image" in part["type"] else part["text"] for part in text)
+        if not isinstance(text, str):
+            raise ValueError(f"the question is no text ({problem!s:.60})")
         texts.append(text)
     text = "\n\n".join(texts)
     marks = re.findall(MARK, text)
@@ -575,10 +578,6 @@ class Processor:
                     f"{name!r} is {self.config.model_type}. Models that see have to be of Qwen2-VL's line: Qwen2-VL, "
                     "Qwen2.5-VL, Qwen3-VL, Qwen3.5, or a mixture of experts of the last two"
                 )
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                f"checkpoint {name!r} has no chat template: choose an instruction model"
-            )
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
         # Never sampled: an image placeholder would promise the next forward pass an image that is not there.
@@ -1323,8 +1322,7 @@ def same_quantity(ours, gold) -> bool:
 
 
 def same_mathematics(ours, gold) -> bool:
-    """By math-verify. It takes tiny numbers for equal, so that the quotient of numbers is looked at; and it is not
-    symmetric."""
+    """By math-verify. It takes tiny numbers for equal, so that their quotient is looked at; and it is not symmetric."""
     from math_verify import parse, verify
 
     a, b = parse(f"\\boxed{{{ours}}}"), parse(f"\\boxed{{{gold}}}")
@@ -1404,14 +1402,13 @@ SPELLINGS = r"""
 (?i)^(?:.*[.,;!?] )?(?:(?!\b(?:not|never|cannot|wrong|incorrect)\b|n't)[^.,;!?])*\banswer(?: is:?|\** ?:)\** =>
 (?i)^the (?:correct |right )?(?:option|choice) is:? =>
 (?i)^the (?:(?!\b(?:not|never|wrong|incorrect)\b|n't)[^.,;=\d])* is (?=[-\\\d]) =>
-^(.*) is (?:the )?(?:correct|right)(?: answer| option| choice)?$ => \1
+^((?:.* )?\(?[A-H]\)?) is (?:the )?(?:correct|right)(?: answer| option| choice)?$ => \1
 (?: |\\\\)+$ =>
 ^(?:[Tt]he|[Aa]n?) (?=\w{2})(?!and\b|or\b) =>
 (?:(?<=[A-Z])|(?<=[A-Z][a-z])|(?<=\)))_\{?(\d+)\}?(?=[A-Z(]|$) => \1
 ^\(?([A-H])\)? ?[&+] ?\(?([A-H])\)?$ => \1, \2
 (?<![\\A-Za-z])(sin|cos|tan|log|ln)(?![A-Za-z]) => \\\1\040
  ?([=<>]) ? => \1
-^m? ?(?:\\angle ?)?(?:[A-Z]{2,}|\d|[A-Za-z ]{4,})=(?=[^=]*$) =>
 ^\\(?:overline|triangle|angle) ?\{?([A-Z]+)\}?$ => \1
  ?: ?(?=\d) => :
 ^(?:.*(?:答案|故)(?:是|为)?:?|答:)(?=.) =>
@@ -1502,10 +1499,13 @@ TEXT = r"""(?x:
     | \^[^+*/ \n-]*\^[^+*/ \n-]*\^  # a tower of powers, which takes too long
 )"""
 
+# "AB = " or "Area = " before the value of one side, where the other has no name
+NAMED = r"(?m:^(?:m? ?\\angle ?\w+|[A-Z]{2,}|[A-Za-z ]{4,})=)(?=[^=]*\Z)"
+
 
 def is_mathematics(text) -> bool:
     """Whether to parse a text."""
-    names = re.sub(r"\\(?:begin|end|mathbb) ?\{\w+\}|\\[A-Za-z]+", "  ", text)
+    names = re.sub(rf"{NAMED}|\\(?:begin|end|mathbb) ?\{{\w+\}}|\\[A-Za-z]+", "  ", text)
     return bool(re.search(MATHEMATICS, text)) and not re.search(TEXT, names)
 
 

@@ -15,6 +15,7 @@ CASES = [json.loads(line) for line in (ROOT / "tests/answers.jsonl").read_text()
 FALSELY_WRONG = {
     ("1, 2", "2, 1"),  # a bare list keeps its order, as a grid's row and column do
     (r"0.\overline{3}", "1/3"),  # repeating decimals are not read
+    ("3=3", "3"),  # a statement of numbers: 5=7 is not 7
 }
 ONE_SIDED = r"\boxed{\left\{\begin{array}{l}x=1\\y=2\end{array}\right.}"  # its braces do not pair
 
@@ -31,14 +32,14 @@ def test_verdicts(case):
 
 
 WORD = st.text(string.ascii_lowercase, min_size=1, max_size=7)
-CODE = (
+CODE = (  # of two characters at least: "A:" is the option A
     st.tuples(
         st.sampled_from(string.ascii_uppercase),
         st.text(string.ascii_uppercase + "0123456789-/.:", min_size=1, max_size=6),
     )
     .map("".join)
     .filter(lambda code: sum(map(str.isalnum, code)) > 1)
-)  # "A:" is the option A
+)
 DATE = st.dates().flatmap(
     lambda day: st.sampled_from([f"{day:%Y-%m-%d}", f"{day:%d/%m/%Y}", f"{day:%d.%m.%Y}"])
 )

@@ -520,6 +520,33 @@ def test_a_request_that_fails_costs_its_row_alone(asked, how, monkeypatch):
     assert "2 kept at once, 1 after writing anew, 0 dropped" in said
 
 
+def test_where_every_request_fails_the_tool_stops(asked):
+    """The endpoint's own sentence may quote the answer; the parameter that it refuses does not."""
+    error = {"message": "max_tokens? The answer is zebra", "param": "max_tokens", "code": "x"}
+    body = json.dumps({"error": error}).encode()
+    code, said, records, questions = asked(lambda *_: (400, body), "--attempts", 3)
+    assert code != 0 and "every request failed" in said and "--endpoint" in said
+    assert "BadRequestError of max_tokens" in said and "zebra" not in said
+    assert [records[i]["faults"] for i in range(3)] == [["refused"]] * 3 and len(questions) == 3
+
+
+def test_hints_of_other_questions_are_refused(three, asked):
+    """The same file, edited: hints go by the row's number."""
+    code, said, *_ = asked(lambda *_: said_by(PLAIN))
+    assert code == 0, said
+    lines = three.read_text().splitlines(keepends=True)
+    three.write_text("".join(reversed(lines)))
+    code, said, *_ = asked(lambda *_: said_by(PLAIN))
+    assert code != 0 and "choose another --output" in said
+
+
+def test_images_are_sent_as_images_alone(hinted):
+    server, *_ = hinted
+    parts = [part for turn in server.seen[0]["messages"] for part in turn["content"]]
+    images = [part for part in parts if part["type"] == "image_url"]
+    assert images and all(set(part) == {"type", "image_url"} for part in images)
+
+
 def test_a_failed_request_hides_no_rejected_hint():
     row = {"problem": "How many?", "answer": "4", "images": []}
     texts = []

@@ -280,26 +280,24 @@ class Records:
 
 
 def load(args: Args) -> tuple:
-    """The rows, and who writes their hints."""
+    """The rows, the records of their hints, and who writes these: the slowest to load comes last."""
     names = "problem images answer"
     if args.column_solution in common.load_data(args.data, args.data_split).column_names:
         names += " solution"
-    if args.endpoint:
-        writer = Endpoint(args)  # before the rows: it looks at the flags
-        return common.load_rows(args, None, {}, names, optional="solution"), writer
-    processor = common.Processor(args.model)
-    rows = common.load_rows(args, processor, {"hint": hint_prompt}, names, optional="solution")
-    return rows, Checkpoint(args, processor)
+    writer = Endpoint(args) if args.endpoint else None  # before the rows: it looks at the flags
+    processor = None if args.endpoint else common.Processor(args.model)
+    contexts = {"hint": hint_prompt} if processor else {}
+    rows = common.load_rows(args, processor, contexts, names, optional="solution")
+    records = Records(args, list(rows.with_format(None)[args.column_problem]))
+    return rows, records, writer or Checkpoint(args, processor)
 
 
 def main():
     import tyro
 
     args = tyro.cli(Args)
-    rows, writer = load(args)
-    raw = rows.with_format(None)
-    records = Records(args, list(raw[args.column_problem]))
-    numbers = list(raw[" row"])  # in the data
+    rows, records, writer = load(args)
+    numbers = list(rows.with_format(None)[" row"])  # in the data
     before = sum(bool(records.last[number]["hint"]) for number in numbers)
     print(f"hints for {len(numbers)} rows, {before} of them written before; {records.file}")
     for _ in range(1 + args.attempts):
