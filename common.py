@@ -20,8 +20,9 @@ Four conventions hold everywhere:
 
 import argparse
 import contextlib
-import dataclasses
+import ctypes
 import datetime
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -31,19 +32,28 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+# Before torch and tqdm read them. Threads that spin while they wait are slower than those that sleep beside other busy
+# processes, and faster alone. In a file that is no terminal a bar is a line a minute.
+if os.getloadavg()[0] > 1:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "60")
+
+from kernels.vocab import entropy, gather, kl, log_softmax, upcast, vocab_loss, vocab_terms  # noqa: F401
+
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -51,10 +61,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-from kernels.vocab import vocab_loss, vocab_terms
 
 
 class UserError(SystemExit):
@@ -64,16 +71,22 @@ class UserError(SystemExit):
     """
 
     def __init__(self, message: str):
-        self.message = message
-        super().__init__(f"\nerror: {message}" if is_first_error() else 1)
+        self.message = printable(message)
+        super().__init__(f"\nerror: {self.message}" if is_first_error() else 1)
 
 
-def is_first_error() -> bool:
+def printable(text):
+    """Without what would steer a terminal, and not endless: names and messages in it are anybody's."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:5000])
+
+
+def is_first_error():
     """Asked once a rank. torchrun's store is there before the ranks know each other; its restarts count anew."""
-    if "RANK" not in os.environ:
+    if not dist.is_torchelastic_launched() or os.getppid() == 1:  # torchrun is gone
         return True
-    port = int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
     return store.add(f"errors {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
 
 
@@ -92,6 +105,8 @@ class Args:
     column_problem: str = "problem"  # column with the question
     column_images: str = "images"  # column with the image, or the list of images
     column_answer: str = "answer"  # column with the checkable answer
+    # folder where relative paths of images begin, and outside of which no image is read; empty: that of the data
+    image_root: str = ""
     skip_bad_rows: bool = False  # leave out rows that cannot be used, instead of stopping
 
     # who generates; auto: vllm where it and a GPU are there
@@ -129,16 +144,16 @@ class Args:
 
     eval_every: int = 50  # rollout batches between evaluations; 0 = only at the start and the end
     eval_rows: int = 300  # held-out questions, a fixed random choice; 0 = all
-    save_every: int = 0  # steps between checkpoints, the newest two kept whole; 0 = only final/
+    # steps between checkpoints, of which all keep their weights and the newest two the optimizer; 0 = only final/
+    save_every: int = 50
     # run folder, gone on with if it holds a run; default: runs/<method>-<preset>-<time>
     output: str = ""
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"  # besides metrics.jsonl
     seed: int = 0  # order of the data and sampling
 
 
 # What a run that goes on may change, for it learns the same.
-HARMLESS = """output tracker save_every eval_data eval_split eval_every eval_rows rollout_batch
-vllm_memory timeout replicas eval_max_prompt micro_tokens loss_chunk gradient_checkpointing""".split()
+HARMLESS = """output save_every eval_every rollout_batch
+vllm_memory timeout image_root eval_max_prompt micro_tokens loss_chunk gradient_checkpointing""".split()
 COUNTS = "prompts group updates rollout_batch max_prompt max_response micro_tokens loss_chunk replicas".split()
 RANGES = {
     **dict.fromkeys(COUNTS, (1, math.inf)),
@@ -181,7 +196,7 @@ def parse_args(cls, presets, ranges, argv=None):
             )
     if args.min_pixels > args.max_pixels > 0:
         raise UserError(f"--min-pixels {args.min_pixels} is above --max-pixels {args.max_pixels}")
-    installed = importlib.util.find_spec("vllm") is not None
+    installed = importlib.util.find_spec("vllm")
     if args.engine == "auto":
         args.engine = "vllm" if installed and torch.cuda.is_available() else "hf"
     if args.engine == "vllm" and not installed:
@@ -192,15 +207,15 @@ def parse_args(cls, presets, ranges, argv=None):
 
 
 # =============================================================================================== ranks
-def world_size() -> int:
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank() -> int:
+def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def device() -> torch.device:
+def device():
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -210,6 +225,9 @@ def start_ranks(args):
     """Join torchrun's process group, or make a group of one: a laptop and a node run the same FSDP2 code."""
     if dist.is_initialized():
         return
+    if dist.is_torchelastic_launched() and sys.platform == "linux":
+        # torchrun's end, however it comes, is a signal to its ranks: PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -218,12 +236,22 @@ def start_ranks(args):
         "nccl" if gpu else "gloo",
         timeout=datetime.timedelta(minutes=args.timeout),
         device_id=device() if gpu else None,
-        **({} if "RANK" in os.environ else alone),
+        **({} if "WORLD_SIZE" in os.environ else alone),
     )
+
+
+def on_signal(*_):
+    """A scheduler's: a step under way is finished first (Run.steps); elsewhere it is as Ctrl-C."""
+    Run.stopping = True
+    if not Run.stepping:
+        raise KeyboardInterrupt
 
 
 def launch(main):
     """Run a method's main(). What ends it for reasons outside of it is said in a sentence."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, on_signal)
     try:
         main()
     except KeyboardInterrupt:
@@ -231,6 +259,8 @@ def launch(main):
             "interrupted. The same command with the same --output goes on from the last checkpoint of --save-every, "
             "or begins anew where there is none"
         )
+    except OSError as e:  # a disk that is full, a folder that may not be written to
+        raise UserError(f"{e}. Saved checkpoints are whole: with them the same command goes on")
     except torch.OutOfMemoryError as e:
         raise UserError(
             f"rank {rank()} is out of GPU memory ({str(e).splitlines()[0]}). Lower --micro-tokens, --loss-chunk or "
@@ -245,7 +275,7 @@ def launch(main):
         dist.destroy_process_group()
 
 
-def all_sum(x: Tensor) -> Tensor:
+def all_sum(x):
     """Sum of x over all ranks (a new tensor)."""
     x = x.detach().clone()
     if world_size() > 1:
@@ -253,7 +283,7 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-def all_gather_object(x) -> list:
+def all_gather_object(x):
     """Every rank's small object, in the order of the ranks."""
     if world_size() == 1:
         return [x]
@@ -262,7 +292,7 @@ def all_gather_object(x) -> list:
     return parts
 
 
-def quantile(x: Tensor, q) -> Tensor:
+def quantile(x, q):
     """Quantiles of the vectors x [n_r] of all ranks together, linearly interpolated; inf where there is no element.
 
     quantile([0, 1, 2, 3, 4, 5], [0.4, 0.7]) -> [2.0, 3.5]. torch.quantile takes 16 million elements at most.
@@ -290,15 +320,15 @@ def mean_over_ranks(values):
     return means
 
 
-def say(*words):
+def say(text):
     """Print on the first rank only."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(printable(text), flush=True)
 
 
 # =============================================================================================== data
 @functools.cache
-def locate(name) -> str:
+def locate(name):
     """Path of a checkpoint or data set; `toy/...` is made on first use by tools/toy.py, all else is returned as it is.
 
     tools.toy runs as a process of its own, for it imports the methods.
@@ -345,34 +375,55 @@ def load_data(name, split):
         )
 
 
-def open_images(images, root: Path) -> list:
-    """PIL images, {"bytes", "path"}, bytes, or paths relative to the data, alone or in a list -> upright RGB images.
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF".split()  # of images; some of PIL's others start programs
 
-    What is transparent stands on white. Raises ValueError or OSError where one cannot be read.
+
+def open_images(images, root):
+    """{"bytes", "path"}, bytes, or paths of files below root, alone or in a list -> PIL images, of headers alone.
+
+    Raises ValueError or OSError where one is none, or too large. Symbolic links are followed: data sets have them.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     opened = []
     for image in images if isinstance(images, list) else [images]:
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
-        if isinstance(image, (bytes, str)):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else Path(root, image))
-        if not isinstance(image, Image.Image) or image.mode.startswith(("I", "F")):
-            raise ValueError(f"{str(image)[:60]!r} is no path, bytes or image with 8 bits a colour")
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        opened.append(image.convert("RGB"))
+        if isinstance(image, bytes):
+            image = io.BytesIO(image)
+        else:
+            image = Path(os.path.abspath(root / str(image)))
+            if not image.is_file() or {root, root.resolve()}.isdisjoint(image.parents):
+                raise ValueError(f"{image} is no file in {root}, where images are (--image-root)")
+        image = Image.open(image, formats=FORMATS)
+        pixels = image.width * image.height
+        if pixels > Image.MAX_IMAGE_PIXELS or image.mode.startswith(("I", "F")):
+            raise ValueError(
+                f"an image of {pixels} pixels, {image.mode}, is too large or has over 8 bits a colour"
+            )
+        opened.append(image)
     return opened
 
 
-# Of what `datasets` calls the type of a column. Any images; texts or chats; texts and numbers, or lists of them.
+def decode(images):
+    """The pixels of opened images, upright and RGB. What is transparent stands on white."""
+    from PIL import Image, ImageOps
+
+    decoded = []
+    for image in map(ImageOps.exif_transpose, images):
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        decoded.append(image.convert("RGB"))
+    return decoded
+
+
+# Of what `datasets` calls the type of a column: images, paths or bytes, or lists of them; texts or chats; texts and
+# numbers, or lists of them. Of other images it would itself make pixels, by whatever program PIL knows for them.
 KINDS = {
-    "images": "",
-    "problem": r"Value\('(large_)?string|List",
-    "answer": r"(List\()?Value\('(?!time|date|duration|float16|float32|binary|large_binary)",
+    "images": r"((Large)?List\()?(Image|Value|\{(?!.*Image))|Json",
+    "problem": r"(?!.*(Image|Audio|Video|Pdf))(Value\('(large_)?string|(Large)?List)",
+    "answer": r"((Large)?List\()?Value\('(?!time|date|duration|float16|float32|.*binary)",
 }
 
 
@@ -387,12 +438,15 @@ def select_columns(data, columns, name):
                 f"data set {name!r} has no column {column!r}; it has: {', '.join(data.column_names)}. Say which one "
                 f"holds the {ours} with --column-{ours} NAME (text alone, in vold.py: --column-text, --trace-column)"
             )
-        kind = str(data.features[column])
+        feature = data.info.features[column]
+        kind = str(feature)
         if not re.match(KINDS.get(ours, KINDS["answer"]), kind):
             raise UserError(
                 f"column {column!r} of {name!r} holds {kind}. Name one part of an object with a dot, as in "
                 f"--column-{ours} {column}.PART; write dates, and cells of several types, all as texts"
             )
+        if "Image" in kind:  # open_images decodes them
+            getattr(feature, "feature", feature).decode = False
     return data.select_columns(sorted(theirs)).add_column(" row", range(len(data)))
 
 
@@ -406,22 +460,17 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
     name, split, limit = args.data, args.data_split, args.max_prompt
     if held_out:
         name, split, limit = args.eval_data, args.eval_split, args.eval_max_prompt or limit
-    if held_out and not name:
-        return None
+        pick = args.eval_rows
+        if not name:
+            return None
     columns = {column: getattr(args, f"column_{column}") for column in names.split()}
     data = select_columns(load_data(name, split), columns, name)
-    pick = args.eval_rows if held_out else pick
     if 0 < pick < len(data):  # the same in every run; data sets are often sorted
         data = data.shuffle(seed=0).select(range(pick))
-    root = Path(locate(name))
+    root = Path(os.path.abspath(args.image_root or locate(name)))
     root = root.parent if root.is_file() else root
 
-    def read(batch):
-        rows = {ours: batch[theirs] for ours, theirs in columns.items()} | {"index": batch[" row"]}
-        images = rows.get("images") or [[]] * len(rows["index"])
-        opened = [open_images(cell or [], root) for cell in images]
-        rows["problem"], rows["images"] = zip(*map(marked, rows["problem"], opened))
-        return rows
+    reader = functools.partial(read, columns, root)
 
     def check(row):
         for column, theirs in columns.items():
@@ -432,12 +481,8 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
             if view is not None:
                 processor.check(view, limit)
 
-    # a row's number is never that long
-    long = sum(len(str(cell)) > 200 for cell in data[columns.get("answer", " row")])
-    if long:
-        say(f"{long} answers of {name!r} have over 200 characters: nothing but the same is right")
-    numbers, data = data[" row"], data.with_transform(read)
-    bad = faults_of(data, check, name)
+    numbers, data = data[" row"], data.with_transform(functools.partial(reader, decode))
+    bad = faults_of(data.with_transform(functools.partial(reader, list)), check, name)
     listed = "\n  ".join(
         [f"{len(bad)} of {len(data)} rows of {name!r} cannot be used:"]
         + [f"row {numbers[i]}: {fault}" for i, fault in list(bad.items())[:20]]
@@ -454,25 +499,37 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
     return data.select([i for i in range(len(data)) if i not in bad])
 
 
+def read(columns, root, pixels, batch):
+    """A batch of a data set -> rows; pixels: decode, or list where the images' headers are enough."""
+    rows = {ours: batch[theirs] for ours, theirs in columns.items()} | {"index": batch[" row"]}
+    images = rows.get("images") or [[]] * len(rows["index"])
+    opened = [open_images(cell or [], root) for cell in images]
+    rows["problem"], opened = zip(*map(marked, rows["problem"], opened))
+    try:
+        rows["images"] = list(map(pixels, opened))
+    except Exception as e:  # PIL has errors of its own
+        raise UserError(
+            f"an image of row {rows['index']} in {root} cannot be decoded ({e}). Mend it: the same command goes on "
+            "from the last checkpoint"
+        )
+    return rows
+
+
 def faults_of(data, check, name):
     """What check(row) raises, by the row's place; every row is read once, by one of the ranks."""
     from tqdm import tqdm
 
-    def fault(i):
+    found = {}
+    mine = range(rank(), len(data), world_size())
+    for i in tqdm(mine, f"checking {name}", disable=rank() > 0):
         try:
             check(data[i])
         except Exception as e:  # PIL and templates have errors of their own
-            return f"{e!s:.200}"
-
-    mine = range(rank(), len(data), world_size())
-    with ThreadPoolExecutor(8) as pool:
-        found = pool.map(fault, mine)
-        bar = tqdm(found, f"checking {name}", len(mine), leave=False, disable=rank() > 0)
-        found = [(i, message) for i, message in zip(mine, bar) if message]
-    return dict(sorted(sum(all_gather_object(found), [])))
+            found[i] = f"{e!s:.200}"
+    return dict(sorted(pair for part in all_gather_object(found) for pair in part.items()))
 
 
-MARK = r"(?i)<\|?(?:image|img)[ _-]*(\d*) */?\|?>"  # of an image in a question
+MARK = r"(?i)<\|?(?:image|img)[ _-]*(?:(\d+) *)?/?\|?>"  # of an image in a question
 
 
 def marked(problem, images):
@@ -539,7 +596,7 @@ class Prompt:
     images: list = field(default_factory=list)  # as they came
 
 
-def message(role: str, text, images: int = 0) -> dict:
+def message(role, text, images=0):
     """A turn with `images` images: where the text first marks them with <image>, else in front; 0 removes marks.
 
     message("user", "<image>How many?", 1) -> content [image, "How many?"]; with 0 -> ["How many?"]
@@ -554,6 +611,7 @@ def message(role: str, text, images: int = 0) -> dict:
 
 
 BREAK = "\ue0ff"  # private use: stands in a text where no token may reach across
+VISION_KEYS = "image_token_id video_token_id vision_start_token_id vision_end_token_id".split()
 
 
 class Processor:
@@ -564,15 +622,14 @@ class Processor:
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
         self.name = name
-        load = functools.partial(load_pretrained, name)
-        self.config = load(AutoConfig)
-        self.tokenizer = load(AutoTokenizer)
+        self.config = load_pretrained(name, AutoConfig)
+        self.tokenizer = load_pretrained(name, AutoTokenizer)
         self.image_id = getattr(self.config, "image_token_id", None)  # None: a text-only model
         self.images = None
         if hasattr(self.config, "vision_config"):
             pixels = {key: getattr(args, key, 0) or None for key in ("min_pixels", "max_pixels")}
             # everywhere: pixels differ between backends
-            self.images = load(AutoImageProcessor, backend="pil", **pixels)
+            self.images = load_pretrained(name, AutoImageProcessor, backend="pil", **pixels)
             if not self.config.model_type.startswith("qwen"):
                 raise UserError(
                     f"{name!r} is {self.config.model_type}. Models that see have to be of Qwen2-VL's line: Qwen2-VL, "
@@ -581,19 +638,17 @@ class Processor:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.vocab = len(self.tokenizer)  # ids from here on are padding rows of the head
         # Never sampled: an image placeholder would promise the next forward pass an image that is not there.
-        vision = [f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")]
         padding = range(self.vocab, self.config.get_text_config().vocab_size)
-        named = {getattr(self.config, key, None) for key in vision} - {None}
-        self.banned = sorted(named.union(padding))
-        self.control = self.tokenizer.all_special_tokens
+        vision = {getattr(self.config, key, None) for key in VISION_KEYS} - {None}
+        self.banned = sorted(vision.union(padding))
 
-    def escape(self, text) -> str:
+    def escape(self, text):
         """The text with a BREAK in each control token that it spells, such as the end of a turn: it stays text."""
-        for token in self.control:
+        for token in self.tokenizer.all_special_tokens:
             text = text.replace(token, token[0] + BREAK + token[1:])
         return text
 
-    def render(self, context) -> str:
+    def render(self, context):
         """The text that the chat template makes of a context, one placeholder an image, prefill at the end."""
         messages = []
         for turn in context.messages:
@@ -617,11 +672,11 @@ class Processor:
             for i in self.tokenizer(piece, add_special_tokens=False)["input_ids"]
         ]
 
-    def encode(self, context) -> Prompt:
+    def encode(self, context):
         """Token ids, with each placeholder expanded to as many as its image has merged patches, and the pixels."""
         return self.encode_text(self.render(context), context.images)
 
-    def encode_text(self, text, images) -> Prompt:
+    def encode_text(self, text, images):
         """See encode; the text is what the chat template makes."""
         ids = self.ids_of(text, images)
         if not images:
@@ -674,17 +729,19 @@ class Processor:
         images: whether other ranks' batches show some. They wait for this rank in every layer, the vision tower's too:
         where nothing is here, or nothing is to be seen, a prompt without a response is added.
         """
+        from PIL import Image
+
         pairs = list(zip(prompts, responses))
         images = images and self.images is not None
         if not pairs or images and not any(prompt.images for prompt in prompts):
-            pairs.append((self.dummy(images), Response([])))
+            shown = [Image.new("RGB", (128, 128))] if images else []
+            context = Context([message("user", "a", len(shown))], shown)
+            pairs.append((self.encode(context), Response([])))
         batch = self.pad([Prompt(p.ids + r.ids, p.pixels, p.grid) for p, r in pairs])
         del batch["attention_mask"]
-        places = []
-        for b, (prompt, response) in enumerate(pairs):
-            first = len(prompt.ids) - 1
-            places += [(b, first + t) for t, sampled in enumerate(response.mask) if sampled]
-        batch["rows"], batch["cols"] = torch.tensor(places, dtype=torch.long).view(-1, 2).T
+        before = [torch.tensor([False] * (len(p.ids) - 1) + r.mask) for p, r in pairs]
+        sampled = nn.utils.rnn.pad_sequence(before, batch_first=True)  # [B, T], at c - 1
+        batch["rows"], batch["cols"] = sampled.nonzero().T
         return batch
 
     def pad(self, prompts, side="right"):
@@ -698,13 +755,6 @@ class Processor:
                 batch["pixel_values"] = torch.cat([p.pixels for p in shown])
                 batch["image_grid_thw"] = torch.cat([p.grid for p in shown])
         return batch
-
-    def dummy(self, image: bool) -> Prompt:
-        """A prompt for nobody, with an image if the model sees."""
-        from PIL import Image
-
-        images = [Image.new("RGB", (128, 128))] if image else []
-        return self.encode(Context([message("user", "a", len(images))], images))
 
 
 def load_pretrained(name, auto, **settings):
@@ -748,7 +798,7 @@ class Model(nn.Module):
     The loss has to be inside: under FSDP2 the head is whole only during the root's forward pass.
     """
 
-    def __init__(self, name, dtype: torch.dtype, empty: bool = False):
+    def __init__(self, name, dtype, empty=False):
         """empty: without its weights and their memory."""
         super().__init__()
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -791,7 +841,7 @@ class Model(nn.Module):
             yield name, as_saved(self.lm, name, full_tensor(parameter))
 
 
-def full_tensor(parameter: Tensor) -> Tensor:
+def full_tensor(parameter):
     """The whole value of a parameter, sharded or not."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
 
@@ -813,7 +863,7 @@ def load_model(name, args, trained, kind=Model):
     if not trained:
         model.requires_grad_(False)
     weights = model.state_dict()
-    if trained and args.freeze_vision and hasattr(model.lm.model, "visual"):
+    if args.freeze_vision and hasattr(model.lm.model, "visual"):
         model.lm.model.visual.requires_grad_(False)
     if trained and args.gradient_checkpointing:
         name = "activation_checkpointing_enable"  # before transformers 5.2x: gradient_...
@@ -822,11 +872,11 @@ def load_model(name, args, trained, kind=Model):
         for module in model.modules():
             module.training = hasattr(module, "gradient_checkpointing")
     shape = (args.replicas, world_size() // args.replicas)
-    mesh = init_device_mesh(device().type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = dist.init_device_mesh(device().type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide)
-    blocks = set(model.lm._no_split_modules or ())
-    for module in [m for m in model.modules() if type(m).__name__ in blocks]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if type(module).__name__ in model.lm._no_split_modules:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     # The first rank has read the weights: a node's memory holds one copy, not one a rank.
     if rank() > 0:
@@ -859,7 +909,7 @@ class HFEngine:
 
     def __init__(self, name, processor, args):
         self.processor, self.args = processor, args
-        self.lm = Model(name, getattr(torch, args.dtype)).requires_grad_(False).to(device()).lm
+        self.lm = Model(name, getattr(torch, args.dtype)).to(device()).lm
         ends = self.lm.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({*ends, processor.tokenizer.eos_token_id} - {None})
@@ -867,9 +917,8 @@ class HFEngine:
     @torch.no_grad()
     def sync(self, weights):
         """Take over the student's weights (Model.weights()), one whole parameter at a time."""
-        ours = dict(self.lm.named_parameters())
         for name, value in weights:
-            ours[name].copy_(as_saved(self.lm, name, value))
+            self.lm.get_parameter(name).copy_(as_saved(self.lm, name, value))
 
     def sleep(self):
         """Nothing is to be generated before the next sync."""
@@ -886,21 +935,21 @@ class HFEngine:
         import transformers as t
 
         args = self.args
-        # a checkpoint's own would silently bend the sampling
-        self.lm.generation_config = t.GenerationConfig()
         config = t.GenerationConfig(
             eos_token_id=self.ends,
             pad_token_id=self.processor.tokenizer.pad_token_id,
             suppress_tokens=self.processor.banned,
             max_new_tokens=args.max_response,
         )
+        # a checkpoint's own would silently bend the sampling
+        self.lm.generation_config = config
         warpers = []
-        if seeds and args.temperature != 1:
+        if seeds:
             warpers.append(t.TemperatureLogitsWarper(args.temperature))
-        if seeds and args.top_k:
-            warpers.append(t.TopKLogitsWarper(args.top_k))
-        if seeds and args.top_p < 1:
-            warpers.append(t.TopPLogitsWarper(args.top_p))
+            if args.top_k:
+                warpers.append(t.TopKLogitsWarper(args.top_k))
+            if args.top_p < 1:
+                warpers.append(t.TopPLogitsWarper(args.top_p))
         responses = []
         for start in range(0, len(prompts), args.rollout_batch):
             part = slice(start, start + args.rollout_batch)
@@ -913,10 +962,6 @@ class HFEngine:
             )
             sampled = output[:, batch["input_ids"].shape[1] :].tolist()
             log_probs = torch.stack(sampler.log_probs, dim=-1)  # [B, T]
-            if not log_probs.isfinite().all():
-                raise UserError(
-                    "the sampling model's logits are not finite: lower --lr, or look at the checkpoint"
-                )
             for ids, values in zip(sampled, log_probs.tolist()):
                 end = next((i + 1 for i, token in enumerate(ids) if token in self.ends), None)
                 text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
@@ -942,7 +987,12 @@ class Sampler:
             self.numbers = torch.stack(rows).to(device())  # [B, T] in [0, 1)
 
     def __call__(self, input_ids, scores):
-        log_p = scores.float().log_softmax(-1)
+        log_p = log_softmax(scores)
+        # of NaN or +inf, or where nothing is left: no token drawn from it would be one
+        if log_p.isnan().any():
+            raise UserError(
+                "not finite: the sampler's logits. Lower --lr, or look at the checkpoint"
+            )
         if self.numbers is None:
             token = log_p.argmax(-1, keepdim=True)
         else:
@@ -953,9 +1003,9 @@ class Sampler:
         return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
 
 
-def seed_of(*numbers: int) -> int:
+def seed_of(*numbers):
     """A seed of 62 bits for the place in the run that these numbers name."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()) >> 2
+    return int(hashlib.blake2b(repr(numbers).encode(), digest_size=8).hexdigest(), 16) >> 2
 
 
 class VLLMEngine:
@@ -964,24 +1014,22 @@ class VLLMEngine:
     def __init__(self, name, processor, args):
         # weights are handed over in place
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        import vllm
+        from vllm import LLM
 
-        self.processor, self.args, self.vllm, self.asleep = processor, args, vllm, False
+        self.processor, self.args, self.asleep = processor, args, False
         self.gpu = torch.cuda.is_available()
-        limits = {"image": IMAGES, "video": 0} if processor.image_id is not None else None
-        self.llm = vllm.LLM(
+        self.llm = LLM(
             model=locate(name),
             dtype=args.dtype,
             seed=args.seed,
             max_model_len=max(args.max_prompt, args.eval_max_prompt) + args.max_response,
             max_num_seqs=args.rollout_batch,
             gpu_memory_utilization=args.vllm_memory,
-            distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
-            limit_mm_per_prompt=limits,
+            distributed_executor_backend="external_launcher" if world_size() > 1 else None,
+            limit_mm_per_prompt={"image": IMAGES, "video": 0},
             enforce_eager=not self.gpu,
             enable_sleep_mode=self.gpu,
             logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
         )
         # as HFEngine suppresses them
         self.bias = dict.fromkeys(processor.banned, -100.0)
@@ -1002,7 +1050,7 @@ class VLLMEngine:
 
     def sleep(self):
         """Leave the GPU's memory to the update."""
-        if self.gpu and not self.asleep:
+        if self.gpu:
             self.llm.sleep(level=1)
             self.asleep = True
 
@@ -1017,19 +1065,20 @@ class VLLMEngine:
             dist.destroy_process_group = end
 
     def generate(self, prompts, seeds=None):
-        """See HFEngine.generate."""
+        """See HFEngine.generate. At temperature 0 vLLM is greedy, whatever top_p and top_k are."""
+        from vllm import SamplingParams
+
         self.wake()
-        args, drawn = self.args, {"temperature": 0}
-        if seeds:
-            drawn = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
+        args = self.args
         settings = [
-            self.vllm.SamplingParams(
+            SamplingParams(
                 seed=seed,
+                temperature=args.temperature if seeds else 0,
+                top_p=args.top_p,
+                top_k=args.top_k,
                 max_tokens=args.max_response,
                 logprobs=0,
                 logit_bias=self.bias,
-                stop_token_ids=[self.processor.tokenizer.eos_token_id],
-                **drawn,
             )
             for seed in seeds or [None] * len(prompts)
         ]
@@ -1043,7 +1092,7 @@ class VLLMEngine:
             responses.append(Response(ids, answer.finish_reason == "stop", text, log_probs))
         return responses
 
-    def request(self, prompt) -> dict:
+    def request(self, prompt):
         """A prompt as vLLM wants it: one placeholder an image, and images of their final size.
 
         vLLM expands placeholders itself; and its resizing gives pixels that differ by 0.01 from training's.
@@ -1083,8 +1132,11 @@ def sample_responses(engine, rows, contexts, args):
     """
     samples, seeds = [], []
     for row in rows:
-        views = {name: context(row) for name, context in contexts.items()}
-        prompts = {name: engine.processor.encode(view) for name, view in views.items() if view}
+        prompts = {}
+        for name, context in contexts.items():
+            view = context(row)
+            if view is not None:
+                prompts[name] = engine.processor.encode(view)
         for i in range(args.group):
             samples.append(Sample(row, dict(prompts)))
             seeds.append(seed_of(args.seed, row.get("draw", row["index"]), i))
@@ -1134,17 +1186,11 @@ class Micro:
         self.sampled = torch.tensor([x for r in responses for x in r.log_probs], device=device())
         self.old = None
         self.teacher = []
-        self.weights = {}
-        self.terms = {}
 
     def spread(self, values, dtype=torch.float32) -> Tensor:
         """A number a response -> [n]. Responses of 2 and 1 tokens, [7, 8] -> [7, 7, 8]."""
         repeats = torch.tensor(self.lengths, dtype=torch.long)
-        return torch.tensor(list(values), dtype=dtype).repeat_interleave(repeats).to(device())
-
-    def by_context(self, hidden):
-        """Hidden states of the whole batch [contexts * n, H] -> one [n, H] a context."""
-        return list(hidden.view(self.contexts, -1, hidden.shape[-1]))
+        return torch.tensor(values, dtype=dtype).repeat_interleave(repeats).to(device())
 
 
 def make_micros(samples, contexts, processor, limit, images=True):
@@ -1174,22 +1220,7 @@ def split(items, parts):
 
 
 # =============================================================================================== losses
-def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) = sum_v a_v (log a_v - log b_v) of log-probabilities [..., V] -> [...]; 0 log 0 = 0, also at -inf."""
-    return (log_a.exp() * (log_a - log_b).masked_fill(log_a == -math.inf, 0.0)).sum(-1)
-
-
-def entropy(log_p: Tensor) -> Tensor:
-    """Entropy in nats of log-probabilities [..., V] -> [...]."""
-    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
-
-
-def gather(log_p: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities [N, V] of the tokens ids [N] -> [N]."""
-    return log_p.gather(-1, ids[:, None]).squeeze(-1)
-
-
-def group_advantages(rewards: Tensor, group) -> Tensor:
+def group_advantages(rewards, group):
     """A = (r - mean) / (std + 1e-6) within each group of `group` consecutive responses; rewards [B] -> [B].
 
     std is the unbiased one. A group of equal rewards gets exactly 0. [1, 0, 0, 1] -> [.87, -.87, -.87, .87]
@@ -1199,34 +1230,33 @@ def group_advantages(rewards: Tensor, group) -> Tensor:
     # in float32 the mean of eight times 0.1 is not 0.1
     r = rewards.double().view(-1, group)
     advantages = (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-6)
-    return advantages.view(-1).to(torch.promote_types(rewards.dtype, torch.float32))
+    return advantages.view(-1).to(upcast(rewards).dtype)
 
 
-def clipped_surrogate(
-    log_p: Tensor, old: Tensor, advantages: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor]:
+def clipped_surrogate(log_p, old, advantages, low, high):
     """(min(rho A, clip(rho, 1 - low, 1 + high) A), to be maximised; whether the clip cut it), [N]; rho = p / p_old."""
-    ratio = (log_p - old).exp()
+    ratio = (upcast(log_p) - old).exp()
     free = ratio * advantages
     surrogate = torch.minimum(free, ratio.clamp(1 - low, 1 + high) * advantages)
     return surrogate, (surrogate < free).to(free.dtype)
 
 
-def k3(log_p: Tensor, reference: Tensor) -> Tensor:
+def k3(log_p, reference):
     """The k3 estimator of KL(p || reference) at sampled tokens, [N]: r - 1 - log r with r = reference / p.
 
     So is its value in the mean over samples from p; its mean gradient is that of KL(reference || p).
     """
-    log_ratio = reference - log_p
+    log_ratio = upcast(reference) - log_p
     return log_ratio.exp() - 1 - log_ratio
 
 
-def sequence_old(now: Tensor, old: Tensor, divisor, response: Tensor) -> Tensor:
+def sequence_old(now, old, divisor, response):
     """Old log-probs [n] that give every token its response's ratio s = exp(sum of (log p - log p_old) / divisor).
 
     The token's ratio is then s p / sg(p), with its own gradient. divisor: the response's length (GSPO), or 1 for the
     ratio of the whole response. response [n] numbers the responses from 0.
     """
+    now = upcast(now)
     # entry i: response i
     log_s = torch.zeros_like(now).index_add_(0, response, (now - old) / divisor)
     return now - log_s[response]
@@ -1234,10 +1264,10 @@ def sequence_old(now: Tensor, old: Tensor, divisor, response: Tensor) -> Tensor:
 
 # =============================================================================================== answers
 # An option as a question lists it, up to the next one or the line's end: its letter, and all of it.
-LISTED = r"(?<!\w)\(?(?=([A-H]))(\1[).:] *.+?)(?=\s*\(?[A-H][).:] |\s*\n|$)"
+LISTED = r"(?<!\w)\(?(?=([A-H]))(\1[).:] *.+?)(?=(?<!\s)\s*(?:\(?[A-H][).:] |\n|$)|$)"
 
 
-def is_right(response, row) -> bool:
+def is_right(response, row):
     """Whether a response answers a row right, in training and in evaluation. One that was cut off has not answered.
 
     Where the answer is the letter of an option that the question lists, the option's text is right too.
@@ -1248,7 +1278,7 @@ def is_right(response, row) -> bool:
     return response.finished and is_correct(extract_answer(response.text), answers)
 
 
-def extract_answer(text) -> str | None:
+def extract_answer(text):
     r"""Where in a response the answer is; None: nowhere.
 
     What stands behind the last </reason>, </think> or </description> counts; a thought that is still open has no
@@ -1271,7 +1301,7 @@ def extract_answer(text) -> str | None:
     return answer.strip() or None
 
 
-def is_correct(prediction: str | None, answer) -> bool:
+def is_correct(prediction, answer):
     """Whether an extracted answer equals the reference. docs/answers.md has the rule in words.
 
     answer: a string or number, or a list of them, of which each is right. It may be a response with its answer in a
@@ -1279,13 +1309,11 @@ def is_correct(prediction: str | None, answer) -> bool:
     """
     if prediction is None:
         return False
-    if isinstance(answer, list):
-        return any(is_correct(prediction, one) for one in answer)
-    gold = str(answer).rpartition("####")[2]
-    return same(plain(prediction), plain(extract_answer(gold) or gold))
+    golds = [one.rpartition("####")[2] for one in all_answers(answer)]
+    return any(same(plain(prediction), plain(extract_answer(gold) or gold)) for gold in golds)
 
 
-def same(ours: str, gold: str) -> bool:
+def same(ours, gold):
     """Whether two plain answers are equal. The form of the gold decides how they are compared."""
     if ours.casefold() == gold.casefold():  # but x is not X
         return gold != "" and (ours == gold or not is_mathematics(gold))
@@ -1293,12 +1321,12 @@ def same(ours: str, gold: str) -> bool:
     if max(len(ours), len(gold)) > 200:
         return False
     (letter, text), (right, meaning) = as_option(ours), as_option(gold)
-    if right and not letter:
-        return same(ours, meaning)
-    if letter and text and not right:
-        return same(text, gold)
-    if right:
+    if letter and right:
         return letter == right and (not text or not meaning or same(text, meaning))
+    if right:
+        return same(ours, meaning)
+    if letter and text:
+        return same(text, gold)
     (brackets, parts), (needed, golds) = as_list(ours), as_list(gold)
     shorter, longer = sorted((len(parts), len(golds)))
     if longer > 1 and (shorter > 1 or brackets == needed):
@@ -1309,7 +1337,7 @@ def same(ours: str, gold: str) -> bool:
     return same_quantity(ours, gold)
 
 
-def same_quantity(ours, gold) -> bool:
+def same_quantity(ours, gold):
     """Equal values, of one unit where both have one; 50 % is 0.5, and 50 as well."""
     (value, unit), (right, needed) = as_quantity(ours), as_quantity(gold)
     if unit and needed and unit != needed:
@@ -1321,7 +1349,7 @@ def same_quantity(ours, gold) -> bool:
     return right in (value, value / 100 if unit == "%" else value * 100)
 
 
-def same_mathematics(ours, gold) -> bool:
+def same_mathematics(ours, gold):
     """By math-verify. It takes tiny numbers for equal, so that their quotient is looked at; and it is not symmetric."""
     from math_verify import parse, verify
 
@@ -1417,7 +1445,7 @@ SPELLINGS = r"""
 AROUND = ' *"`'  # what may stand around an answer
 
 
-def plain(text) -> str:
+def plain(text):
     r"""An answer in the usual spelling, without what stands around it: "$\text{Yes}$." -> "Yes"; "1{,}0" -> "1,0"."""
     # before the characters lose their place: x² is not x2, and 1½ not 11/2
     text = re.sub("[⁰¹²³⁴-⁻]+", r"^{\g<0>}", text)
@@ -1489,7 +1517,7 @@ MATHEMATICS = r"[\d\\=+*/^<>-]"
 # and nothing of these
 TEXT = r"""(?x:
     (?<![^\W\d_])(?![abcxyz]{2}(?![^\W\d_]))[^\W\d_]{2}  # a word
-    | [^\W\d_]\d | \d_ | '  # a code, a number in another base, a prime
+    | [^\W\d_]\.?\d | \d_ | '  # a code, a number in another base, a prime
     | \d([-/.])\d+\1\d | :\d | !.*!  # a date, a time or a ratio, two factorials, which take too long
     | (?<![_^\d])\d+[ ]\d | \b[A-Z][->][A-Z]\b  # two numbers, an order
     | (?m:^[\d.]+[ ]?[-x×*][ ]?[\d.]+$)  # a range, a size
@@ -1503,7 +1531,7 @@ TEXT = r"""(?x:
 NAMED = r"(?m:^(?:m? ?\\angle ?\w+|[A-Z]{2,}|[A-Za-z ]{4,})=)(?=[^=]*\Z)"
 
 
-def is_mathematics(text) -> bool:
+def is_mathematics(text):
     """Whether to parse a text."""
     names = re.sub(rf"{NAMED}|\\(?:begin|end|mathbb) ?\{{\w+\}}|\\[A-Za-z]+", "  ", text)
     return bool(re.search(MATHEMATICS, text)) and not re.search(TEXT, names)
@@ -1525,6 +1553,10 @@ class Run:
     step, total: number of this step, and of all. own: numbers that a method carries from step to step.
     """
 
+    stepping = stopping = (
+        False  # whether steps are taken, and whether a signal has asked this rank to stop
+    )
+
     def __init__(self, method, args):
         start_ranks(args)
         ranks = world_size()
@@ -1533,9 +1565,12 @@ class Run:
                 f"--prompts {args.prompts} has to be a multiple of ranks x updates, {ranks} x {args.updates}, and the "
                 f"ranks one of --replicas, {args.replicas}"
             )
-        name = args.output or f"runs/{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = (
+            args.output
+            or f"runs/{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
+        )
         self.args, self.path = args, Path(all_gather_object(name)[0])
-        self.settings = {"file": f"{method}.py", **dataclasses.asdict(args)}
+        self.settings = {"file": f"{method}.py", **vars(args)}
         self.step = self.drawn = 0
         self.own, self.values, self.noted = {}, {}, set()
         self.claim_folder()
@@ -1552,6 +1587,8 @@ class Run:
             # [V, H], whole on every rank
             self.head = self.teacher.head()
             self.vocab = min(self.vocab, len(self.head))
+            self.settings["teacher's weights"] = bits_of(self.teacher)
+        self.settings["student's weights"] = bits_of(self.student)
         self.engine = ENGINES[self.args.engine](self.args.student, processor, self.args)
 
     def steps(self, train, held_out, context, others=None):
@@ -1568,8 +1605,10 @@ class Run:
                 f"--epochs {args.epochs} of {len(train)} rows do not fill one batch of --prompts {args.prompts}"
             )
         self.train, self.order = train, data_order(len(train), args.prompts, args.seed)
-        updates = self.total * args.updates
-        self.optimizer, self.schedule = make_optimizer(self.student, args, updates)
+        self.settings["rows"] = seed_of(texts_of(train))
+        self.optimizer, self.schedule = make_optimizer(
+            self.student, args, self.total * args.updates
+        )
         say(
             f"{self.settings['file']}, preset {args.preset}: {self.total} steps of {args.prompts} questions x "
             f"{args.group} responses in {args.updates} updates; engine {args.engine}, {world_size()} ranks; rows "
@@ -1578,6 +1617,7 @@ class Run:
         self.begin()
         if self.step == 0:
             self.evaluate(held_out, context, others)
+        Run.stepping = True  # from here on a signal waits for the step's end
         bar = tqdm(range(self.step + 1, self.total + 1), args.preset, disable=rank() > 0)
         for self.step in bar:
             self.mark = time.perf_counter()
@@ -1591,9 +1631,20 @@ class Run:
             bar.set_postfix_str(
                 f"loss {self.last['loss']}, acc@1 {self.last.get('acc@1', '-')}", refresh=False
             )
-            if args.save_every and self.step % args.save_every == 0 and self.step < self.total:
+            if self.step == self.total:
+                continue
+            due = args.save_every and self.step % args.save_every == 0
+            if due:
                 self.save(f"checkpoints/step-{self.step:06}")
+            if any(all_gather_object(Run.stopping)):
+                if not due:
+                    self.save(f"checkpoints/step-{self.step:06}")
+                say(
+                    f"stopped by a signal, all of step {self.step} saved: --output {self.path} goes on"
+                )
+                raise SystemExit(1)
         self.save("final")
+        Run.stepping = False
         self.finish()
 
     def draw(self):
@@ -1614,8 +1665,8 @@ class Run:
         # waits for the device, once an update and after its last backward pass
         if not (loss + norm).isfinite():
             self.stop_not_finite(micros)
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        torch.nn.utils.clip_grads_with_norm_(trained, self.args.grad_clip, norm)
+        weights = self.student.parameters()  # those without a gradient are passed over
+        torch.nn.utils.clip_grads_with_norm_(weights, self.args.grad_clip, norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -1625,7 +1676,7 @@ class Run:
         log = token_means({"entropy": found["entropy"], "sampler_gap": gap})
         return log | {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
 
-    def backward(self, micros, names, terms, extras) -> Tensor:
+    def backward(self, micros, names, terms, extras):
         """student.grad += the gradient of the sum over micro-batches of weight * term, which is returned.
 
         terms: fn(*student's logits, *teachers' logits, *extras) -> one [n] for each of `names`.
@@ -1638,7 +1689,8 @@ class Run:
 
             def loss_fn(hidden, head, m=m, weights=weights):
                 teachers = [(h, self.head) for h in m.teacher]
-                views, more = m.by_context(hidden), extras(m, hidden, head)
+                views = hidden.chunk(m.contexts)  # [n, H] each
+                more = extras(m, hidden, head)
                 return vocab_loss(
                     terms, weights, views, head, teachers, more, self.vocab, self.args.loss_chunk
                 )
@@ -1650,13 +1702,13 @@ class Run:
             (loss * world_size()).backward()
         return total
 
-    def log_probs(self, m, hidden, head) -> Tensor:
+    def log_probs(self, m, hidden, head):
         """Log-probs [n] of the tokens of m, by the hidden states of its first context, without gradient."""
 
         def chosen(z, ids):
-            return (gather(z.log_softmax(-1), ids),)
+            return (gather(log_softmax(z), ids),)
 
-        pair = (m.by_context(hidden)[0], head)
+        pair = (hidden.chunk(m.contexts)[0], head)
         return vocab_terms(chosen, [pair], [m.ids], self.vocab, self.args.loss_chunk)[0]
 
     def stop_not_finite(self, micros):
@@ -1709,9 +1761,12 @@ class Run:
 
     def log_samples(self, samples):
         """Log the share of finished responses and the mean reward, and write some responses to samples.jsonl."""
-        lengths = [sum(s.response.mask) for s in samples]
-        means = {"finished": [s.response.finished for s in samples], "response_length": lengths}
-        self.log(mean_over_ranks(means | {"reward": [s.reward for s in samples]}))
+        values = {
+            "finished": [s.response.finished for s in samples],
+            "response_length": [sum(s.response.mask) for s in samples],
+            "reward": [s.reward for s in samples],
+        }
+        self.log(mean_over_ranks(values))
         for s in samples[:8]:
             record = {
                 "row": s.row["index"],
@@ -1728,16 +1783,14 @@ class Run:
             )
         self.phase("rollout")
 
-    def write_metrics(self) -> dict:
-        """A line of metrics.jsonl: the mean of each key. Lists (one value a bin) go to a tracker one by one."""
+    def write_metrics(self):
+        """A line of metrics.jsonl: the mean of each key; of lists (one value a bin) place by place."""
         import numpy as np
 
-        means = {}
-        for key, values in self.values.items():
-            mean = np.round(np.mean(values, axis=0), 6)
-            means[key] = mean.tolist()
-            for i, value in enumerate(np.atleast_1d(mean) if self.tracker else ()):
-                self.tracker.add_scalar(f"{key}/{i}" if mean.ndim else key, value, self.step)
+        means = {
+            key: np.round(np.mean(values, axis=0), 6).tolist()
+            for key, values in self.values.items()
+        }
         self.values = {}
         self.write("metrics.jsonl", means)
         if means.get("sampler_gap", 0) > SAMPLER_GAP:
@@ -1746,72 +1799,85 @@ class Run:
             )
         return means
 
-    def write(self, file: str, record):
+    def write(self, file, record):
         """Append one JSON line, at once on disk: a run that is killed leaves whole lines."""
+        line = json.dumps({"step": self.step} | record, ensure_ascii=False, default=str)
         if rank() == 0:
-            with open(self.path / file, "a") as f:
-                f.write(json.dumps({"step": self.step} | record, ensure_ascii=False) + "\n")
+            self.need_room()
+            with open(self.path / file, "ab") as f:
+                f.write(f"{line}\n".encode(errors="replace"))
+
+    def need_room(self):
+        """Stop where the disk has none for a checkpoint: float32 weights, and AdamW's two moments of them."""
+        need = 16 * sum(p.numel() for p in self.student.parameters())
+        free = shutil.disk_usage(self.path).free
+        if free < need:
+            raise UserError(
+                f"{self.path} has {free / 1e9:.3f} GB left, and a checkpoint needs {need / 1e9:.3f} GB. Make room: the "
+                "same command goes on from the last one"
+            )
 
     # ------------------------------------------------------------------------------------------- folder
     def claim_folder(self):
-        """Create the folder; stop if it holds another run, before anything is loaded."""
-        file = self.path / "args.json"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            known = json.loads(file.read_text()) if file.exists() else self.settings
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.path} cannot be used ({e}): choose another --output")
-        finished = (self.path / "final").exists()
-        if not file.exists() and (finished or self.states()):
-            raise UserError(
-                f"{self.path} holds checkpoints and no args.json: choose another --output"
-            )
-        changed = []
-        for name, value in self.settings.items():
-            if known.get(name) != value and name not in HARMLESS:
-                changed.append(f"{name} {known.get(name)} -> {value}")
-        if changed:
-            raise UserError(
-                f"{self.path} holds a run with other settings ({', '.join(changed)}). Give the same to go on, or "
-                "choose another --output; --student begins with its weights"
-            )
-        if finished:
+        """Take the folder to the end of this process, before anything is loaded; stop if it holds another run."""
+        if rank() == 0:
+            self.lock = claim(self.path)
+            self.check_same()
+        # the others wait here for the first
+        if all_gather_object((self.path / "final").exists())[0]:
             say(
                 f"{self.path}/final is there: this run is finished. Another --output begins another"
             )
             raise SystemExit(0)
 
+    def check_same(self):
+        """Stop where the folder holds a run of other settings, or what is no run's."""
+        file, known = self.path / "args.json", self.settings
+        there = [name for name in OURS if (self.path / name).exists()]
+        try:
+            if there:
+                known = dict(json.loads(file.read_text()))
+        except (OSError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{self.path} holds {there}, and no args.json that can be read ({e}): choose another --output"
+            )
+        changed = [
+            f"{name} {known.get(name)} -> {value}"
+            for name, value in self.settings.items()
+            if known.get(name) != value and name not in HARMLESS
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with other settings ({', '.join(changed)}; rows and weights are told by what "
+                "is in them). Give the same to go on, or choose another --output; --student begins with its weights"
+            )
+
     def begin(self):
-        """Go on from the newest checkpoint, where there is one; what a killed run left behind it goes."""
-        for state in self.states()[-1:]:
-            self.restore(state)
-            say(f"going on after step {self.step}")
+        """Go on from the newest whole checkpoint; what a run that was killed left behind it goes."""
+        for state in reversed(self.states()):
+            if self.restore(state):
+                say(f"going on after step {self.step}")
+                break
+        else:
+            if self.states():
+                raise UserError(
+                    f"no state in {self.path} is whole. Begin another --output; --student with one of its checkpoints "
+                    "begins with its weights"
+                )
         for _ in range(self.drawn):  # the batches of the steps that are done
             next(self.order)
-        self.tracker = None
         if rank() > 0:
             return
+        self.check_same()  # by now rows and weights are known
+        replace_text(self.path / "args.json", json.dumps(self.settings, indent=2))
         for file in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
             lines = whole_lines(file)
             lines = [line for line in lines if 0 < self.step >= json.loads(line)["step"]]
             replace_text(file, "".join(f"{line}\n" for line in lines))
-        replace_text(self.path / "args.json", json.dumps(self.settings, indent=2))
-        if self.args.tracker == "wandb":
-            import wandb
-
-            wandb.init(
-                project="cleanopd", name=str(self.path), config=self.settings, sync_tensorboard=True
-            )
-        if self.args.tracker != "none":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tracker = SummaryWriter(str(self.path), purge_step=self.step + 1)
 
     def finish(self):
         """Say what was learned, and where to look."""
         self.engine.close()
-        if self.tracker:
-            self.tracker.close()
         before, after = self.own.get("acc@1 at first"), self.last.get("acc@1")
         learned = f"held-out accuracy {before:.1%} -> {after:.1%}. " if before is not None else ""
         say(
@@ -1821,10 +1887,10 @@ class Run:
 
     def states(self):
         """What can be gone on from, oldest first: state/ of the checkpoints, which are renamed when they are whole."""
-        return sorted(self.path.glob("checkpoints/step-??????/state"))
+        return sorted(self.path.glob("checkpoints/step-??????/state.pt"))
 
     def save(self, folder):
-        """The model as an ordinary checkpoint, in the precision it came with, and in state/ what the run goes on with.
+        """The model as an ordinary checkpoint, in the precision it came with; what the run goes on with, in state.pt.
 
         Aside first and then in place: what has a checkpoint's name is whole. final/ has no state.
         """
@@ -1835,42 +1901,78 @@ class Run:
         for name, value in self.student.weights():
             if rank() == 0:
                 weights[name] = value.to(dtype).cpu().contiguous()
+        state = None if folder == "final" else self.training_state()
+
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
             save_checkpoint(self.student.lm, self.processor, aside, weights)
-        dist.barrier()
-        if folder != "final":
-            dcp.save(self.training_state(), checkpoint_id=aside / "state")
-        if rank() == 0:
+            if state:
+                torch.save(state, aside / "state.pt")
             shutil.rmtree(self.path / folder, ignore_errors=True)
             aside.rename(self.path / folder)
             for old in self.states()[:-2]:
-                shutil.rmtree(old)
+                old.unlink()
         dist.barrier()
 
-    def training_state(self) -> dict:
-        """What a run goes on with; any number of ranks can read what is written of it."""
-        options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    def training_state(self):
+        """What a run goes on with, whole on the first rank; any number of ranks can read it."""
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
         model, optimizer = get_state_dict(self.student, self.optimizer, options=options)
-        sharded = {"model_state_dict": model, "optim_state_dict": optimizer}
-        numbers = {"step": self.step, "drawn": self.drawn, "own": self.own}
-        schedule = self.schedule.state_dict()
-        return {"sharded": sharded, "schedule": schedule, "numbers": json.dumps(numbers)}
+        return {
+            "tensors": {"model_state_dict": model, "optim_state_dict": optimizer},
+            "schedule": self.schedule.state_dict(),
+            "numbers": [self.step, self.drawn, self.own],
+        }
 
-    def restore(self, path):
-        """Weights, optimizer, schedule and numbers of a checkpoint, on any number of ranks."""
-        state = self.training_state()
+    def restore(self, file):
+        """Weights, optimizer, schedule and numbers of a state; False where it is not whole. Nothing in it is run."""
         try:
-            dcp.load(state, checkpoint_id=path)
-        except dcp.api.CheckpointException as e:
-            raise UserError(
-                f"{path} is not whole ({e!r:.200}): remove it, and the run goes on from the one before"
-            )
-        options = StateDictOptions(strict=False)  # frozen weights are those of --student
-        set_state_dict(self.student, self.optimizer, **state["sharded"], options=options)
+            if zipfile.ZipFile(file).testzip():  # which torch.load leaves out
+                raise ValueError("its checksums differ")
+            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as e:  # of zip, of pickle, of the disk
+            say(f"{file} is not whole and passed over ({e!r:.200})")
+            return False
+        # frozen weights are those of --student
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_state_dict(self.student, self.optimizer, **state["tensors"], options=options)
         self.schedule.load_state_dict(state["schedule"])
-        vars(self).update(json.loads(state["numbers"]))
+        self.step, self.drawn, self.own = state["numbers"]
         self.engine.sync(self.student.weights())
+        return True
+
+
+# What a run leaves. Where one of them is somebody else's, nothing is touched.
+OURS = "args.json metrics.jsonl samples.jsonl checkpoints final final.partial".split()
+
+
+def claim(folder):
+    """Make a folder and hold it, as long as what is returned lives; stop where another process does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise UserError(
+            f"{folder} cannot be used: another run does, or it cannot be written to ({e}). Choose another --output"
+        )
+    return lock
+
+
+def texts_of(rows):
+    """All of the rows but their images' bytes."""
+    if isinstance(rows, list):
+        return rows
+    kept = [name for name, kind in rows.features.items() if "Image" not in str(kind)]
+    return rows.with_format(None).select_columns(kept)[:]
+
+
+def bits_of(model):
+    """Tells one checkpoint from another, on any number of ranks, by the sum of each weight's bits."""
+    sums = [p.to_local().flatten().view(torch.int16).sum() for p in model.parameters()]
+    return seed_of(*all_sum(torch.stack(sums)).tolist())
 
 
 def data_order(rows, prompts, seed):
@@ -1888,15 +1990,20 @@ def make_optimizer(model, args, updates):
     from transformers import get_scheduler
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    others = [p for p in trained if p.ndim <= 1]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    if not trained:
+        raise UserError(
+            "no weight of the student would be trained: all are frozen (--freeze-vision, --lora)"
+        )
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1]},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
     schedule = args.schedule.replace("constant", "constant_with_warmup")
     return optimizer, get_scheduler(schedule, optimizer, args.warmup, updates)
 
 
-def grad_norm(model) -> Tensor:
+def grad_norm(model):
     """L2 norm of the whole gradient over all ranks."""
     return full_tensor(
         torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -1908,15 +2015,14 @@ def all_terms(micros):
     return {name: torch.cat([m.terms[name] for m in micros]) for name in micros[0].terms}
 
 
-def bad_value(micros) -> str:
+def bad_value(micros):
     """The first term or weight of this rank that is not finite, and the row that its response answers; or nothing."""
     for m in micros:
-        rows = [s.row["index"] for s, n in zip(m.samples, m.lengths) for _ in range(n)]
         weights = {f"weight of {name}": x for name, x in m.weights.items()}
         for name, x in (weights | m.terms).items():
-            bad = (~x.isfinite()).nonzero()
+            bad = m.response[~x.isfinite()]
             if len(bad):
-                return f"{name} of row {rows[bad[0]]}"
+                return f"{name} of row {m.samples[bad[0]].row['index']}"
     return ""
 
 
@@ -1930,17 +2036,23 @@ def save_checkpoint(lm, processor, folder, weights=None):
     source = Path(cached_file(locate(processor.name), "config.json")).parent
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model") and ".index." not in file.name:
-            shutil.copy(file, folder)
+            shutil.copyfile(file, folder / file.name)
+    for file in folder.glob("*.safetensors"):  # made for their owner alone, whatever the umask says
+        shutil.copymode(folder / "config.json", file)
 
 
 def replace_text(file, text):
     """Write a file so that it is the old one or the new one, whenever the process is killed."""
     aside = file.with_name(f"{file.name}.partial")
-    aside.write_text(text)
+    aside.write_text(text, "utf-8")
     aside.replace(file)
 
 
 def whole_lines(file):
-    """The lines of a file. What stands behind the last line's end is a killed process's, and left out."""
-    data = file.read_bytes() if file.exists() else b""
-    return data[: data.rfind(b"\n") + 1].decode().split("\n")[:-1]
+    """The lines of a file that are JSON. What is none was being written when a process or a machine was stopped."""
+    lines = []
+    for line in file.read_bytes().split(b"\n") if file.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(line)
+            lines.append(line.decode())
+    return lines

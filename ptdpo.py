@@ -60,11 +60,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 import common
 from kernels import topk_tail_divergence
+
+import torch
+from torch import Tensor
 
 # =============================================================================================== settings
 HUB = dict(
@@ -246,7 +246,7 @@ def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
     """
     *tutor, ids, old, reference, advantage = tensors
     policy = OPTIMIZERS[args.optimizer]
-    log_p = z.log_softmax(-1)
+    log_p = common.log_softmax(z)
     chosen = common.gather(log_p, ids)
     old = chosen.detach() if old is None else old
     surrogate, clipped = common.clipped_surrogate(

@@ -61,11 +61,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 import common
 from kernels import topk_tail_divergence
+
+import torch
+from torch import Tensor
 
 # =============================================================================================== settings
 HUB = dict(prompts=128, group=8, micro_tokens=16384, gradient_checkpointing=True)
@@ -216,7 +216,7 @@ def lowest_reward(lam: float) -> float:
 
 def reward_of(log_p: Tensor, log_q: Tensor, args: Args) -> Tensor:
     """R^ of the sampled tokens, [n], from log-probs [n] of student and teacher (Eq. 2, 5; Remark 3.1)."""
-    reward = log_q - (log_p.detach() if args.stop_gradient else log_p)
+    reward = common.upcast(log_q) - (log_p.detach() if args.stop_gradient else log_p)
     return reward.clamp(min=lowest_reward(args.lam)) if args.floor else reward
 
 
@@ -231,10 +231,10 @@ def terms(z: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
     teacher's log-probs, advantages.
     """
     *teacher, ids, old, chosen_q, advantage = tensors
-    log_p = z.log_softmax(-1)
+    log_p = common.log_softmax(z)
     chosen = common.gather(log_p, ids)
     old = chosen.detach() if old is None else old
-    log_q = teacher[0].log_softmax(-1) if teacher else None
+    log_q = common.log_softmax(teacher[0]) if teacher else None
     clipped = torch.zeros_like(chosen)
     if args.method == "sft":
         objective = chosen
@@ -278,7 +278,7 @@ def tool_use(responses: list) -> dict[str, float]:
 # =============================================================================================== score
 def log_prob_and_entropy(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Of the tokens ids [n], [n] each, from logits [n, V]."""
-    log_p = z.log_softmax(-1)
+    log_p = common.log_softmax(z)
     return common.gather(log_p, ids), common.entropy(log_p)
 
 

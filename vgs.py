@@ -54,10 +54,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import common
+
 import torch
 from torch import Tensor
-
-import common
 
 # =============================================================================================== settings
 # Table 4: of all presets of hub models; its AdamW is the default (common.py)
@@ -147,13 +147,13 @@ def contexts(args: Args) -> dict:
 def visual_target(log_pL: Tensor, log_qI: Tensor, log_qL: Tensor) -> Tensor:
     """log q* of Eq. 10, [n, V]: the softmax divides by Z at every token. No gradient to pL."""
     # a token that both rule out stays ruled out
-    evidence = (log_qI - log_qL).masked_fill(log_qI == -math.inf, -math.inf)
+    evidence = (common.upcast(log_qI) - log_qL).masked_fill(log_qI == -math.inf, -math.inf)
     return (log_pL.detach() + evidence).log_softmax(-1)
 
 
 def divergences(zI: Tensor, zL: Tensor, yI: Tensor, yL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(Std, Vis, Lang) per token, [n] each, from logits [n, V]: student zI, zL; teacher yI, yL."""
-    log_pI, log_pL, log_qI, log_qL = (z.log_softmax(-1) for z in (zI, zL, yI, yL))
+    log_pI, log_pL, log_qI, log_qL = map(common.log_softmax, (zI, zL, yI, yL))
     std = common.kl(log_pI, log_qI)  # Eq. 3
     vis = common.kl(log_pI, visual_target(log_pL, log_qI, log_qL))  # Eq. 11
     lang = common.kl(log_pL, log_qL)  # Eq. 6
@@ -162,7 +162,7 @@ def divergences(zI: Tensor, zL: Tensor, yI: Tensor, yL: Tensor) -> tuple[Tensor,
 
 def visual_dependency(yI: Tensor, yL: Tensor) -> Tensor:
     """VDS of Eq. 12, [n], from the teacher's logits [n, V] with the image and without."""
-    return common.kl(yI.log_softmax(-1), yL.log_softmax(-1))
+    return common.kl(common.log_softmax(yI), common.log_softmax(yL))
 
 
 def steering(vds: Tensor, q40: Tensor, q70: Tensor, args: Args) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def terms(zI: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
     advantages.
     """
     *others, ids, old, advantage = tensors
-    log_pI = zI.log_softmax(-1)
+    log_pI = common.log_softmax(zI)
     chosen = common.gather(log_pI, ids)
     old = chosen.detach() if old is None else old
     surrogate, clipped = common.clipped_surrogate(chosen, old, advantage, args.clip, args.clip)
@@ -198,7 +198,7 @@ def terms(zI: Tensor, *tensors: Tensor, args: Args) -> tuple[Tensor, ...]:
     if len(others) == 3:
         std, vis, lang = divergences(zI, *others)
     elif len(others) == 1:
-        std = common.kl(log_pI, others[0].log_softmax(-1))  # Eq. 3
+        std = common.kl(log_pI, common.log_softmax(others[0]))  # Eq. 3
     return std, vis, lang, surrogate, clipped, chosen, common.entropy(log_pI.detach())
 
 
@@ -226,7 +226,7 @@ def score(samples: list[common.Sample], run: common.Run, args: Args) -> list[com
         for m in micros:
             if run.teacher is not None:
                 # with the image, then without: [n, H] each
-                m.teacher = m.by_context(run.teacher(m.batch))
+                m.teacher = run.teacher(m.batch).chunk(m.contexts)
             if len(m.teacher) == 2:
                 pairs = [(hidden, run.head) for hidden in m.teacher]
                 (m.vds,) = common.vocab_terms(vds, pairs, (), run.vocab, args.loss_chunk)

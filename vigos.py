@@ -55,11 +55,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 import common
 from kernels import topk_tail_divergence
+
+import torch
+from torch import Tensor
 
 # =============================================================================================== settings
 HUB = dict(
@@ -178,18 +178,21 @@ def contexts(args: Args) -> dict:
 # =============================================================================================== losses
 def shares(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) by vocabulary entry: a (log a - log b), [n, V]."""
+    log_a = common.upcast(log_a)
     return log_a.exp() * (log_a - log_b).masked_fill(log_a == -math.inf, 0.0)
 
 
 def jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Jensen-Shannon divergence by vocabulary entry, [n, V]."""
+    # once, so that the parts of a gradient meet in float32
+    log_p, log_q = common.upcast(log_p), common.upcast(log_q)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return (shares(log_p, log_m) + shares(log_q, log_m)) / 2
 
 
 def limited(parts: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """A divergence from its parts [n, V] -> (the clipped divergence [n], whether the clip cut it [n])."""
-    limit = args.clip or math.inf
+    limit, parts = args.clip or math.inf, common.upcast(parts)
     if args.clip_entries:
         return parts.clamp(max=limit).sum(-1), (parts > limit).any(-1).to(parts.dtype)
     total = parts.sum(-1)
@@ -205,7 +208,7 @@ def terms(z: Tensor, y: Tensor, ids: Tensor, args: Args) -> tuple[Tensor, ...]:
     forward is the term of the perception and the reasoning teacher, reference that of the reference teacher; log_p (of
     the tokens) and entropy are for the log.
     """
-    log_p, log_q = z.log_softmax(-1), y.log_softmax(-1)
+    log_p, log_q = common.log_softmax(z), common.log_softmax(y)
     chosen = common.gather(log_p, ids)
     forward = shares(log_q, log_p)  # Eq. 14, 15: KL(teacher || student)
     kind = args.divergence
@@ -395,6 +398,15 @@ def extras(m: common.Micro, hidden: Tensor, head: Tensor) -> list:
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def lora_layers(lm) -> dict[str, torch.nn.Linear]:
+    """The linear layers called so, by full name: a convolution may be called the same, and could not be merged."""
+    found = {}
+    for name, module in lm.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in LORA_TARGETS:
+            found[name] = module
+    return found
+
+
 class Adapted(common.Model):
     """Frozen weights with adapters beside the linear layers LORA_TARGETS: W + 2 B A, B = 0 at first."""
 
@@ -404,7 +416,12 @@ class Adapted(common.Model):
 
         # the same adapters on every rank, of which each keeps its shard
         torch.manual_seed(seed)
-        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=LORA_TARGETS)
+        layers = list(lora_layers(self.lm))
+        if not layers:
+            raise common.UserError(
+                f"--lora: {name!r} has no linear layer called {', '.join(LORA_TARGETS)}. Train all of it: --lora 0"
+            )
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=layers)
         inject_adapter_in_model(config, self.lm)
         for name, parameter in self.lm.named_parameters():
             parameter.requires_grad_(".lora_" in name)

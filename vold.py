@@ -63,10 +63,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import common
+
 import torch
 from torch import Tensor
-
-import common
 
 # =============================================================================================== settings
 HUB = dict(
@@ -191,7 +191,7 @@ def distance(log_p: Tensor, log_q: Tensor, estimator: str) -> Tensor:
     """
     if estimator == "k3":
         return common.k3(log_p, log_q)
-    k1 = log_p - log_q
+    k1 = common.upcast(log_p) - log_q
     return k1 if estimator == "k1" else k1**2 / 2
 
 
@@ -222,7 +222,7 @@ def terms(
     """TERMS, [n] each. z [n, V]: the student's logits. [n]: the tokens, their log-probs when sampled (None: as now),
     the teacher's log-probs (None: no teacher), and the advantages.
     """
-    log_p = z.log_softmax(-1)
+    log_p = common.log_softmax(z)
     chosen = common.gather(log_p, ids)
     old = chosen.detach() if old is None else old
     low, high = args.clip_low, args.clip_high
@@ -274,7 +274,7 @@ def teacher_log_probs(
     """
 
     def sampled(y, ids):
-        return (common.gather(y.log_softmax(-1), ids),)
+        return (common.gather(common.log_softmax(y), ids),)
 
     theirs, places, start = [], [], 0
     for s in samples:
@@ -431,7 +431,10 @@ def stages(args: Args) -> tuple[Args, Args]:
         raise common.UserError(
             f"--sft-batch {args.sft_batch} has to be a multiple of the {ranks} ranks"
         )
-    name = args.output or f"runs/vold-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = (
+        args.output
+        or f"runs/vold-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
+    )
     base = Path(common.all_gather_object(name)[0])
     of_sft = dataclasses.replace(
         args,
@@ -482,6 +485,8 @@ def write_traces(folder: Path, args: Args):
     """The teacher's answers to text questions, one a row, in a file a rank; goes on where an earlier start stopped."""
     from tqdm import tqdm
 
+    if common.rank() == 0:
+        _lock = common.claim(folder)  # until this function ends
     check_same(folder / "made_from.json", TRACES, args)
     teacher = common.Processor(args.teacher)
     asked = dataclasses.replace(
@@ -497,7 +502,6 @@ def write_traces(folder: Path, args: Args):
     if not batches:
         return common.say(f"{folder}: all {len(rows)} traces are there")
     common.say(f"traces of {len(rows)} questions, {len(done)} written before; to {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     if common.rank() == 0:
         made_from = {name: getattr(args, name) for name in TRACES}
         common.replace_text(folder / "made_from.json", json.dumps(made_from))
@@ -518,7 +522,7 @@ def write_traces(folder: Path, args: Args):
     engine.close()
 
 
-def read_records(folder: Path) -> list[dict]:
+def read_records(folder: Path):
     """What all ranks have written, in the order of the rows."""
     records = []
     for file in folder.glob("records-*.jsonl"):

@@ -20,11 +20,11 @@ import statistics
 import subprocess
 import time
 
-import torch
-import torch.nn.functional as F
-
 import kernels
 from kernels import reference, topk_tail_divergence
+
+import torch
+import torch.nn.functional as F
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

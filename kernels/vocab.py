@@ -8,8 +8,40 @@ the loss is (divisors are weights too), so the gradient of a chunk can be taken 
 head is multiplied once, and no logits outlive their chunk. Needs torch alone: copy this file.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in float32; as it is where that is wider. Every loss begins with this: a divergence is a difference of
+    log-probs, of whose digits bfloat16 has three.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities [..., V] of logits [..., V] of any precision, in float32 at least."""
+    return upcast(logits).log_softmax(-1)
+
+
+def kl(log_a: Tensor, log_b: Tensor | float) -> Tensor:
+    """KL(a || b) = sum_v a_v (log a_v - log b_v) of log-probabilities [..., V] -> [...]; 0 log 0 = 0, also at -inf."""
+    log_a = upcast(log_a)
+    difference = (log_a - log_b).masked_fill(log_a == -math.inf, 0.0)
+    return (log_a.exp() * difference).sum(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Entropy in nats of log-probabilities [..., V] -> [...]: -KL(p || 1), with a mass of 1 on every token."""
+    return -kl(log_p, 0.0)
+
+
+def gather(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities [N, V] of the tokens ids [N] -> [N]."""
+    chosen = log_p.gather(-1, ids[:, None])
+    return chosen.squeeze(-1)
 
 
 def chunks(pairs, extras, vocab, size: int):
@@ -19,8 +51,7 @@ def chunks(pairs, extras, vocab, size: int):
         rows = slice(start, start + size)
         logits = []
         for hidden, head in pairs:
-            z = hidden[rows] @ head[:vocab].T
-            logits.append(z.to(torch.promote_types(z.dtype, torch.float32)))
+            logits.append(upcast(hidden[rows] @ head[:vocab].T))
         yield rows, logits, [None if x is None else x[rows] for x in extras]
 
 

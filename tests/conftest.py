@@ -1,10 +1,12 @@
 """Shared fixtures: tiny untrained models of the real classes, a tiny data set, and a way to run the real scripts."""
 
 import contextlib
+import gc
 import importlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,11 +26,12 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from gradients import fixed_rows  # noqa: E402
-from ranks import run_ranks  # noqa: E402
-
 import common  # noqa: E402
 from tools import toy  # noqa: E402
+
+from background import Background  # noqa: E402
+from gradients import fixed_rows  # noqa: E402
+from ranks import run_ranks  # noqa: E402
 
 
 def make_tiny(folder: Path, family: str = "qwen3_vl") -> None:
@@ -152,10 +155,14 @@ def run_script(
     )
 
 
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
 def run_here(script: str, *argv) -> subprocess.CompletedProcess:
     """A method's main() in this process, with what it printed and the code it would have exited with."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     before, there = sys.argv, os.getcwd()
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     sys.argv = [script, *map(str, argv)]
     os.chdir(ROOT)
     try:
@@ -170,9 +177,27 @@ def run_here(script: str, *argv) -> subprocess.CompletedProcess:
     finally:
         sys.argv = before
         os.chdir(there)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        common.Run.stepping = common.Run.stopping = False
+        gc.collect()  # a run that failed holds its folder for as long as it is there
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return subprocess.CompletedProcess([script, *argv], code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(*command, ...) -> a Background; all of them are ended behind the test."""
+    started = []
+
+    def begin(*command, **how) -> Background:
+        started.append(Background(tmp_path / f"process-{len(started)}", *command, **how))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.end()
 
 
 def refusal(script: str, argv: list) -> str:

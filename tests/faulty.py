@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
@@ -63,16 +62,16 @@ def perish_at_rename(rename):
     return perishes
 
 
-def perish_in_the_middle(rmtree):
-    """Of what the newest checkpoint replaces."""
+def torn(save):
+    """The half of a state is on the disk when this process dies."""
 
-    def perishes(path, *args, **kwargs):
-        if strikes("die-middle") and Path(path).name == "state":
-            Path(path, ".metadata").unlink()
-            perish("middle")
-        rmtree(path, *args, **kwargs)
+    def saves(value, file):
+        save(value, file)
+        os.truncate(file, os.path.getsize(file) // 2)
+        perish("state")
+        save(value, file)
 
-    return perishes
+    return saves
 
 
 def spoil_loss(vocab_loss):
@@ -162,11 +161,10 @@ def main() -> None:
     common.Run.backward = spoil_gradient(common.Run.backward)
     common.Run.update = watch(common.Run.update)
     perishing(common.HFEngine, "generate", before="rollout")
-    perishing(shutil, "copy", before="weights")  # of a checkpoint, before its config is there
+    perishing(shutil, "copyfile", before="weights")  # of a checkpoint, before its config is there
     perishing(common.Run, "training_state", before="save")
-    perishing(dcp.FileSystemWriter, "write_data", after="state")  # the data without their index
+    torch.save = torn(torch.save)
     Path.rename = perish_at_rename(Path.rename)
-    shutil.rmtree = perish_in_the_middle(shutil.rmtree)
     importlib.import_module(script.removesuffix(".py")).main()
 
 

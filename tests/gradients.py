@@ -58,7 +58,7 @@ def start(args, processor, teacher: str | None, load=common.Run.load) -> common.
     args.engine = "none"
     common.ENGINES["none"] = lambda *_: None
     run = common.Run.__new__(common.Run)
-    run.args, run.own, run.step, run.total = args, {}, 1, 1
+    run.args, run.settings, run.own, run.step, run.total = args, {}, {}, 1, 1
     load(run, processor, teacher)
     return run
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 
+import common
+import ptdpo
+
 import gradients
 import torch
 from gradients import fixed_samples, mine, result, stale, start
-
-import common
-import ptdpo
 
 ROW = {field.name for field in dataclasses.fields(ptdpo.Optimizer)}  # of OPTIMIZERS
 

@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 
-from gradients import fixed_samples, mine, result, stale, start
-
 import common
 import reopold
+
+from gradients import fixed_samples, mine, result, stale, start
 
 ZOOM = '{"name": "crop_image", "arguments": {"bbox_2d": [0.3, 0.0, 0.7, 1.0], "target_image": 1}}'
 

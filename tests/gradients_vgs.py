@@ -2,9 +2,9 @@
 
 import functools
 
-from gradients import fixed_samples, mine, result, stale, start
-
 import vgs
+
+from gradients import fixed_samples, mine, result, stale, start
 
 
 def samples_of(processor, rows) -> list:

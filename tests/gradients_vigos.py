@@ -1,10 +1,10 @@
 """ViGOS's part of gradients.py."""
 
-import torch
-from gradients import fixed_rows, fixed_samples, mine, result, start
-
 import common
 import vigos
+
+import torch
+from gradients import fixed_rows, fixed_samples, mine, result, start
 
 # from <description> on
 IN_FORM = "The digits are {0},3.</description>\n<think>{0}+3.</think>\n\\boxed{{7}} and more"

@@ -1,9 +1,9 @@
 """VOLD's part of gradients.py."""
 
-from gradients import CORRECT, fixed_samples, mine, result, stale, start
-
 import common
 import vold
+
+from gradients import CORRECT, fixed_samples, mine, result, stale, start
 
 TAGGED = "<think>\n1+1=2.</think>\n\\boxed{2}"  # of the second response: one token of the teacher's for <think>
 STEP = 3  # where beta has fallen twice

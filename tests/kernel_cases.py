@@ -3,10 +3,10 @@
 import subprocess
 from pathlib import Path
 
-import torch
-
 import kernels
 from kernels import reference
+
+import torch
 
 HERE = Path(__file__).parent
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")

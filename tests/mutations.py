@@ -197,8 +197,6 @@ faults(
     "common.py",
     "test_common.py test_rollouts.py test_vgs_exact.py test_distributed.py",
     {
-        "kl": "subtract 1, multiply 1, drop masked_fill 1",
-        "entropy": "minus 1, drop exp 1",
         "group_advantages": "subtract 1, divide 1, drop double 1",
         "clipped_surrogate": "drop minimum 1, subtract 1, add 1, drop clamp 1, flip 1",
         "token_means": "multiply 1, divide 1",
@@ -214,7 +212,11 @@ faults(
 faults(
     "kernels/vocab.py",
     "test_common.py test_vgs_exact.py test_distributed.py",
-    {"_VocabLoss.forward": "multiply 1"},
+    {
+        "kl": "subtract 1, multiply 1, drop masked_fill 1, drop exp 1",
+        "entropy": "minus 1",
+        "_VocabLoss.forward": "multiply 1",
+    },
 )
 faults(
     "common.py",
@@ -226,9 +228,17 @@ faults(
 )
 faults(
     "common.py",
-    "test_resume.py",
-    {"Run.begin": "minus 1, flip 2", "Run.save": "flip 3", "Run.claim_folder": "and 1, flip 1"},
+    "test_resume.py test_folders.py test_stops.py",
+    {
+        "Run.begin": "flip 1, flip 2",
+        "Run.save": "flip 2, flip 3",
+        "Run.check_same": "and 1, flip 1",
+        "Run.steps": "flip 7, not 1",
+        "Run.need_room": "flip 1",
+        "on_signal": "not 1",
+    },
 )
+faults("common.py", "test_untrusted.py", {"open_images": "flip 1, not 1, not 2"})
 
 
 def check(table):

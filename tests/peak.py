@@ -43,7 +43,7 @@ def main():
         samples.append(common.Sample(row, prompts, common.Response(ids, log_probs=[-1.0] * LENGTH)))
     before = resident()
     run = common.Run.__new__(common.Run)
-    run.args, run.own, run.step, run.values = args, {}, 1, {}
+    run.args, run.settings, run.own, run.step, run.values = args, {}, {}, 1, {}
     run.load(processor, args.teacher)
     run.optimizer, run.schedule = common.make_optimizer(run.student, args, 2)
     for _ in range(2):  # the optimizer's moments come with the first update

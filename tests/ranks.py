@@ -13,6 +13,8 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import common  # noqa: F401
+
 import datasets  # noqa: F401
 import math_verify  # noqa: F401
 import peft  # noqa: F401
@@ -20,8 +22,6 @@ import torch
 import tyro  # noqa: F401
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl  # noqa: F401
 from transformers.models.qwen3_vl import modeling_qwen3_vl  # noqa: F401
-
-import common  # noqa: F401
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ranks"])
@@ -59,6 +59,7 @@ def run_ranks(command, ranks: int, cwd: Path, folder: Path, timeout: float):
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    shared |= {"TORCHELASTIC_RUN_ID": "test"}
     start_server()
     processes = []
     for rank in range(ranks):

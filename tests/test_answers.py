@@ -3,12 +3,12 @@
 import json
 import string
 
+import common
+
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import common
 
 CASES = [json.loads(line) for line in (ROOT / "tests/answers.jsonl").read_text().splitlines()]
 # What the rule takes for wrong and a reader would not. docs/answers.md says why.

@@ -3,14 +3,14 @@
 import json
 import shutil
 
+import common
+import vigos
+
 import pytest
 import torch
 import transformers as t
 from conftest import flags, layout_gradients, refusal, run_script
 from safetensors.torch import load_file, save_file
-
-import common
-import vigos
 
 
 def copy_of(tiny, tmp_path, name="student"):

@@ -2,11 +2,11 @@
 
 import math
 
+import common
+
 import pytest
 import torch
 from gradients import fixed_rows
-
-import common
 
 
 # ------------------------------------------------------- the vocabulary, in chunks
@@ -459,7 +459,7 @@ def test_update_clips_steps_and_stops():
     run.optimizer = torch.optim.SGD(run.student.parameters(), lr=1.0)
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
     m = common.Micro.__new__(common.Micro)
-    m.samples, m.lengths, m.old = [common.Sample({"index": 4}, {}, None)], [1], None
+    m.samples, m.response, m.old = [common.Sample({"index": 4}, {}, None)], torch.tensor([0]), None
     m.sampled, m.weights = torch.tensor([-1.5]), {"loss": torch.ones(1)}
     m.terms = {"loss": torch.ones(1), "log_p": torch.tensor([-1.0]), "entropy": torch.ones(1)}
 

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import ROOT, run_script
-
 import common
 import vgs
 from tools import toy, toy_lessons, toy_training
+
+import pytest
+import torch
+from conftest import ROOT, run_script
 
 # Held-out accuracy of the models, by lesson: between which values it lies after a rebuild, on any machine.
 SPREAD = {

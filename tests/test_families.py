@@ -10,16 +10,17 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
+import vgs
+import vigos
+from tools import toy
+
 import pytest
 import torch
-from conftest import distance, flags, layout_gradients, run_script
+from conftest import distance, flags, layout_gradients, refusal, run_script
 from gradients import fixed_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-import common
-import vgs
-from tools import toy
 
 CLASSES = {
     "qwen2_vl": "Qwen2VL",
@@ -330,6 +331,34 @@ def test_a_checkpoint_is_saved_in_the_precision_it_came_with(name, root, tmp_pat
     result = run_script("vgs.py", *flags(root, tmp_path / "run", **settings))
     assert result.returncode == 0, result.stderr
     assert layout(tmp_path / "run/final") == layout(student)
+
+
+# ------------------------------------------------------- adapters
+@pytest.mark.parametrize("targets", [vigos.LORA_TARGETS, ["proj"]], ids=["default", "proj"])
+def test_adapters_stand_beside_linear_layers_alone(family, monkeypatch, targets):
+    """A convolution of the vision tower is called proj, as is a linear layer; what is merged is the checkpoint's."""
+    monkeypatch.setattr(vigos, "LORA_TARGETS", targets)
+    name = f"{family.folder}/student"
+    model = vigos.Adapted(name, torch.float32, False, 4, 0)
+    adapted = [m.base_layer for m in model.modules() if hasattr(m, "lora_A")]
+    assert adapted and all(isinstance(m, torch.nn.Linear) for m in adapted)
+    shapes = {key: value.shape for key, value in model.weights()}
+    assert shapes == {key: value.shape for key, value in student(family).weights()}
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (["linear_fc1"], "no weight of the student would be trained"),  # of the frozen tower
+        (["c_attn"], "has no linear layer called c_attn"),
+    ],
+)
+def test_a_run_that_would_train_nothing_is_refused(root, tmp_path, monkeypatch, targets, message):
+    monkeypatch.setattr(vigos, "LORA_TARGETS", targets)
+    settings = dict(student=root / "qwen3_vl/student", teacher=None, column_reference="solution")
+    settings |= dict(conflict_data="", lora=4, freeze_vision=True)
+    assert message in refusal("vigos.py", flags(root, tmp_path / "run", **settings))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 # ------------------------------------------------------- gradients

@@ -4,12 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import common
+import vgs
+
 import pytest
 import torch
 from conftest import flags, in_tiny, run_script
-
-import common
-import vgs
 
 GRPO = dict(group=2, temperature=2.0)
 TEXT = dict(teacher="text-only", data="text.parquet", column_text="text_problem")

@@ -3,11 +3,11 @@
 import json
 import math
 
+from tools import figures
+
 import pytest
 import torch
 from conftest import flags, run_here, run_script
-
-from tools import figures
 
 NOT_READ = dict.fromkeys(("max_steps", "prompts", "data", "eval_every"))
 

@@ -1,19 +1,23 @@
 """Hints for PTD-PO: the check on planted spoilers, and the real script with an endpoint and with a checkpoint."""
 
+import decimal
 import http.server
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-
-import pytest
-from conftest import ROOT, run_here, run_script
+import tracemalloc
+import zlib
 
 import common
 from tools import hints
-from tools.hint_check import hint_fault
+from tools.hint_check import hint_fault, hint_of
+
+import pytest
+from conftest import ROOT, run_here, run_script
 
 LOOK = "Look: the two rows of dots on the left; ignore the"
 GOOD = f"""{LOOK} shaded box beside them.
@@ -266,6 +270,24 @@ def test_the_form_of_an_endless_hint_is_seen_at_once(hint):
     assert time.perf_counter() - start < 2
 
 
+@pytest.mark.parametrize("word", ["a", "one ", "7 ", "half "])
+def test_an_endless_hint_is_judged_at_once(word):
+    hint = f"{GOOD} {word * 1_000_000}"
+    start = time.perf_counter()
+    assert hint_fault(hint, {"problem": "How many?", "answer": "4"}) == "solution"
+    assert time.perf_counter() - start < 2
+
+
+def test_what_no_file_and_no_terminal_takes_is_left_out():
+    assert (
+        hint_of("hm</think>\x1b[31;1mred\x1b[0m\tbox\r\n\ud800\x07\u202eThink:\u200b ")
+        == "red  box \nThink:"
+    )
+    assert hint_of("4\u200b7") == "47" and hint_of("10\u00a0cm") == "10 cm"
+    for kept in (GOOD, "Größe ≤ 2√3, 二行 👀"):
+        assert hint_of(kept) == kept
+
+
 def test_a_hint_that_was_cut_off_is_rejected():
     assert (
         hint_fault(GOOD[:-20], {"problem": "How many?", "answer": "4"}, finished=False) == "cut off"
@@ -284,17 +306,19 @@ def test_a_copied_run_of_the_solution_is_one():
 
 # ----------------------------------------------------------------------------------------------- real runs
 class Server:
-    """An endpoint that speaks the protocol. reply: fn(body, number of the request) -> bytes; or a status, bytes and
-    perhaps headers; or None: the connection is cut off in the middle of an answer."""
+    """An endpoint that speaks the protocol. reply: fn(body, number of the request) -> bytes; or a status, bytes (or
+    such as they come) and perhaps headers; or None: the connection is cut off in the middle of an answer."""
 
     def __init__(self, reply):
-        self.seen, self.keys = [], []
+        self.seen, self.keys, self.encodings = [], [], []
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(handler):
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                data = handler.rfile.read(int(handler.headers["Content-Length"] or 0))
+                body = json.loads(data or b"{}")
                 self.seen.append(body)
                 self.keys.append(handler.headers["Authorization"])
+                self.encodings.append(handler.headers["Accept-Encoding"])
                 answer = reply(body, len(self.seen))
                 if answer is None:
                     return handler.connection.close()
@@ -304,7 +328,10 @@ class Server:
                     handler.send_header(name, value)
                 handler.send_header("Content-Type", "application/json")
                 handler.end_headers()
-                handler.wfile.write(data)
+                for part in [data] if isinstance(data, bytes) else data:
+                    handler.wfile.write(part)
+
+            do_GET = do_POST  # what a client may make of a request that was sent on
 
             def log_message(handler, *_):
                 pass
@@ -472,8 +499,16 @@ def refusal_of(status):
     )
 
 
+def drops():
+    for _ in range(60):
+        yield b" "
+        HANG.wait(1)
+
+
 FAILING = {
     "hangs": ("timeout", lambda body: HANG.wait(60)),
+    "drips": ("timeout", lambda body: (200, drops())),
+    "drips and fails": ("timeout", lambda body: (401, drops())),
     "429": ("overloaded", overload(429)),
     "500": ("overloaded", overload(500)),
     "cut": ("disconnected", lambda body: None),
@@ -492,7 +527,7 @@ def test_a_request_that_fails_costs_its_row_alone(asked, how, monkeypatch):
     kind, failing = FAILING[how]
     if how == "cut":  # the client waits longer each time
         monkeypatch.setattr(hints, "RETRIES", 1, raising=False)
-    flags = ["--timeout", 3 if how == "hangs" else 1800]
+    flags = ["--timeout", 3 if kind == "timeout" else 1800]
 
     def reply(body, number):
         if asked_in(body).startswith("two"):
@@ -505,7 +540,7 @@ def test_a_request_that_fails_costs_its_row_alone(asked, how, monkeypatch):
     assert records[1]["hint"] == "" and records[1]["faults"] == [kind]
     assert records[2]["faults"] == ["cut off", "cut off"]
     assert "1 kept at once, 0 after writing anew, 2 dropped" in said
-    assert f"rejected: {{'cut off': 2}}; requests that failed: {{'{kind}': 1}}" in said
+    assert f"faults: {{'{kind}': 1, 'cut off': 2}}" in said
     if kind in ("timeout", "refused"):  # asking for the same again would be of no use
         assert sum(question.startswith("two") for question in questions) == 1
 
@@ -526,7 +561,7 @@ def test_where_every_request_fails_the_tool_stops(asked):
     body = json.dumps({"error": error}).encode()
     code, said, records, questions = asked(lambda *_: (400, body), "--attempts", 3)
     assert code != 0 and "every request failed" in said and "--endpoint" in said
-    assert "BadRequestError of max_tokens" in said and "zebra" not in said
+    assert "BadRequestError 400 of max_tokens" in said and "zebra" not in said
     assert [records[i]["faults"] for i in range(3)] == [["refused"]] * 3 and len(questions) == 3
 
 
@@ -604,8 +639,9 @@ def test_flags_that_cannot_be_are_refused(asked, flags, why):
     assert code != 0 and why in said and questions == [] and records == {}, said
 
 
-def test_what_was_finished_is_kept_when_the_job_is_killed(three, asked):
-    """kill -9 while a request is under way: every answer that came has its line, and is not asked for again."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_what_was_finished_is_kept_when_the_job_is_killed(three, asked, how):
+    """While a request is under way: every answer that came has its line, and is not asked for again."""
 
     def reply(body, number):
         return HANG.wait(60) if asked_in(body).startswith("two") else said_by(PLAIN)
@@ -613,16 +649,31 @@ def test_what_was_finished_is_kept_when_the_job_is_killed(three, asked):
     with Server(reply) as server:
         argv = ["--data", three, "--output", three.parent / "hints", "--endpoint", server.url]
         command = [sys.executable, "-m", "tools.hints", *map(str, argv), "--model", "any"]
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        job = subprocess.Popen([*command, "--requests", "2"], cwd=ROOT, env=os.environ, **quiet)
+        job = subprocess.Popen(
+            [*command, "--requests", "2"],
+            cwd=ROOT,
+            env=os.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # a background shell ignores it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             deadline = time.monotonic() + 120
             while len(records_of(three)) < 2 and job.poll() is None:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
+            job.send_signal(how)
+            said, _ = job.communicate(timeout=20)
         finally:
             job.kill()
             job.wait()
+    assert "Traceback" not in said and "exception" not in said, said
+    if how != signal.SIGKILL:
+        assert job.returncode == 1 and "What was written so far is kept" in said, said
+    else:
+        assert job.returncode == -how
     assert [(r["row"], r["hint"]) for r in records_of(three)] == [(0, PLAIN), (2, PLAIN)]
     code, said, records, questions = asked(lambda *_: said_by(PLAIN))
     assert code == 0 and "2 of them written before" in said, said
@@ -641,7 +692,7 @@ def test_a_key_that_ends_stops_at_once_and_keeps_what_was_written(asked):
 
     start = time.monotonic()
     code, said, records, _ = asked(reply, "--requests", 2, alone=True)
-    assert code != 0 and "does not answer as it should (AuthenticationError)" in said
+    assert code != 0 and "does not answer as it should (AuthenticationError 401)" in said
     assert [r["hint"] for r in records.values()] == [PLAIN]
     assert time.monotonic() - start < 60
 
@@ -663,7 +714,7 @@ def test_a_wrong_key_or_address_stops(asked, status, kind):
         return status, json.dumps({"error": {"message": f"{KEY}: {asked_in(body)}"}}).encode()
 
     code, said, records, _ = asked(reply)
-    assert code != 0 and f"does not answer as it should ({kind})" in said and records == {}
+    assert code != 0 and f"does not answer as it should ({kind} {status})" in said and records == {}
 
 
 NONSENSE = [
@@ -679,6 +730,135 @@ NONSENSE = [
 def test_a_reply_that_is_no_endpoints_stops_and_is_not_quoted(asked, body):
     code, said, records, _ = asked(lambda *_: body)
     assert code != 0 and "does not answer as it should" in said and records == {}
+
+
+# ----------------------------------------------------------------------------------------------- hostile endpoints
+NO_KEYS = [
+    f"{KEY}\r\n",
+    f" {KEY}",
+    f"{KEY} two",
+    f"{KEY}\t",
+    f"\x1b{KEY}",
+    f"{KEY}é",
+    f"{KEY}\udcff",
+    " " * 30,
+]
+
+
+@pytest.mark.parametrize("key", NO_KEYS, ids=range(len(NO_KEYS)))
+def test_a_key_that_is_none_is_refused_by_its_variables_name(asked, key, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "KEY", key)
+    code, said, records, questions = asked(lambda *_: said_by(PLAIN))
+    assert code != 0 and "OPENAI_API_KEY holds a blank" in said and "set it anew" in said
+    assert "sk-not" not in said and questions == [] and records == {}
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 403, 422])
+@pytest.mark.parametrize("echo", [KEY, [KEY], {"key": KEY}], ids=("text", "list", "object"))
+def test_a_key_that_an_error_says_is_not_repeated(three, asked, status, echo):
+    error = dict.fromkeys(("message", "param", "code", "type"), echo)
+    body = json.dumps({"error": error}).encode()
+    code, said, *_ = asked(lambda *_: (status, body, {"x-request-id": KEY}))
+    assert code != 0 and "OPENAI_API_KEY" in said or "every request failed" in said, said
+    for file in (three.parent / "hints").iterdir():
+        assert KEY not in file.read_text()
+
+
+@pytest.mark.parametrize("status", [200, 400, 401])
+def test_nothing_is_printed_of_an_errors_own_words(asked, status):
+    """Escape sequences, lone surrogates, and a megabyte of them."""
+    error = dict.fromkeys(("message", "param", "code", "type"), "\x1b]0;owned\x07\ud800" * 50_000)
+    body = json.dumps({"error": error}).encode()
+    code, said, *_ = asked(lambda *_: (status, body))
+    assert code != 0 and "owned" not in said and len(said) < 3000, said[:3000]
+    assert all(c.isprintable() or c in "\r\n" for c in said)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_request_is_not_sent_on_to_another_address(asked, status):
+    with Server(lambda *_: said_by(PLAIN)) as other:
+        there = {"Location": f"{other.url}/chat/completions"}
+        code, said, records, questions = asked(lambda *_: (status, b"", there), "--requests", 1)
+    assert other.seen == [] and other.keys == []
+    assert code != 0 and f"does not answer as it should (APIStatusError {status})" in said
+    assert "not followed to another address" in said and records == {} and len(questions) == 1
+
+
+def endless(begin: bytes = b"", part: bytes = b"x" * 2**20, parts: int = 400):
+    yield begin
+    for _ in range(parts):
+        yield part
+
+
+def zipped(parts):
+    pack = zlib.compressobj(wbits=31)
+    yield from map(pack.compress, parts)
+    yield pack.flush()
+
+
+ZIPPED = {"Content-Encoding": "gzip"}
+HUGE = {  # how the request for a row ends: what is written of it, and what is said
+    "answer": (
+        lambda: (200, endless(said_by("x")[:-60])),
+        ["refused"],
+        "its reply held no answer or over 4 MB (NoAnswer)",
+    ),
+    "500": (lambda: (500, endless(), AGAIN_AT_ONCE), ["overloaded"], "InternalServerError 500"),
+    "401": (lambda: (401, endless()), None, "as it should (AuthenticationError 401)"),
+    "zipped": (
+        lambda: (200, zipped(endless(b"{")), ZIPPED),
+        None,
+        "compressed replies are not read",
+    ),
+    "zipped 500": (
+        lambda: (500, zipped(endless()), ZIPPED | AGAIN_AT_ONCE),
+        ["overloaded"],
+        "InternalServerError 500",
+    ),
+    "zipped 401": (lambda: (401, zipped(endless()), ZIPPED), None, "AuthenticationError 401"),
+    "choices": (
+        lambda: (200, b'{"choices": [{}' + b",{}" * 1_300_000 + b"]}"),
+        ["refused"],
+        "(NoAnswer)",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", HUGE)
+def test_a_huge_reply_is_not_read_to_its_end(asked, how, monkeypatch):
+    """400 MB, or what unpacks to it, and what would be objects by the million: none of it is held."""
+    monkeypatch.setattr(hints, "RETRIES", 1)
+    huge, faults, why = HUGE[how]
+
+    def reply(body, number):
+        return huge() if asked_in(body).startswith("two") else said_by(PLAIN)
+
+    tracemalloc.start()
+    try:
+        code, said, records, _ = asked(reply, "--attempts", 0, "--requests", 1)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 200e6, f"{most / 1e6:.0f} MB"
+    assert why in said and (code == 0) == (faults is not None), said
+    assert records[0]["hint"] == PLAIN
+    if faults:
+        assert records[1]["faults"] == faults and records[2]["hint"] == PLAIN
+
+
+def test_an_answer_is_asked_for_as_it_is(hinted):
+    """Nothing has to be unpacked: a kilobyte could become a megabyte."""
+    server, *_ = hinted
+    assert set(server.encodings) == {"identity"}
+
+
+def test_an_answer_that_no_file_takes_loses_no_row(three, asked):
+    dirty = PLAIN.replace("the shaded", "\ud800\x1b[2Jthe\x00 shaded\x07").replace("\n", "\r\n")
+    code, said, records, _ = asked(lambda body, number: said_by(dirty))
+    assert code == 0 and "3 kept at once" in said, said
+    assert not any(raw in said for raw in ("\ud800", "\x1b[2J", "\0", "\7"))  # tqdm has others
+    for hint in written(three.parent / "hints")["hint"]:
+        assert " ".join(hint.split()) == " ".join(PLAIN.split())
 
 
 def test_a_checkpoint_whose_hints_have_no_form_gets_none_kept(tiny, tmp_path):
@@ -728,3 +908,13 @@ def test_what_a_checkpoint_cannot_be_shown_is_named(tiny, tmp_path):
     for model, why in (("student", "aspect ratio"), ("text-only", "shows 0 of")):
         status, said = run_hints(*argv, tiny / model)
         assert status != 0 and why in said, said
+
+
+@pytest.mark.parametrize("solution", [0, 0.0, "0", [0], [False, 0], decimal.Decimal(0)])
+def test_a_solution_may_be_a_number_and_zero(solution):
+    """A hint with a number of the solution gives it away; without any solution a single digit may count things."""
+    hint = "Look: the apples on the left table. Think: taking all of them leaves 0."
+    row = {"problem": "How many are left?", "answer": "none"}
+    assert hint_fault(hint, row) is None
+    assert hint_fault(hint, row | {"solution": None}) is None
+    assert hint_fault(hint, row | {"solution": solution}) == "number"

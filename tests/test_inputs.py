@@ -4,16 +4,14 @@ import importlib
 import json
 import math
 import shutil
-import sys
-import types
+
+import common
+import vgs
 
 import datasets
 import pytest
 from conftest import METHODS, ROOT, flags, refusal, run_script
 from PIL import Image
-
-import common
-import vgs
 
 
 def settings(*argv):
@@ -119,16 +117,13 @@ def bad_rows(folder, good) -> list[tuple]:
     Image.new("RGB", (64, 8)).save(folder / "flat.png")
     Image.new("RGB", (16 * 250, 16)).save(folder / "thin.png")
     (folder / "text.png").write_text("not an image")
-    Image.effect_noise((64, 64), 80).save(folder / "whole.png")
-    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:700])
     Image.new("I;16", (64, 64)).save(folder / "deep.png")
     return [
         (good | {"images": "missing.png"}, "missing.png"),
         (good | {"images": "text.png"}, "cannot identify image"),
-        (good | {"images": "cut.png"}, "truncated"),
-        (good | {"images": "deep.png"}, "mode=I;16"),
+        (good | {"images": "deep.png"}, "I;16"),
         (good | {"images": "thin.png"}, "aspect ratio"),
-        (good | {"images": ["a.png", None]}, "no path, bytes or image"),
+        (good | {"images": ["a.png", None]}, "None is no file"),
         (
             good | {"problem": "<image>Left? <image>Right?"},
             "marks images [1, 2] or videos, and has 1",
@@ -157,6 +152,16 @@ def test_each_bad_row_is_named_and_can_be_skipped(tmp_path, tiny, good):
         assert len(said) == 1 and words in said[0], (i, words, message)
     rows = load(path, tiny, skip=True)
     assert [rows[i]["index"] for i in range(len(rows))] == [0, len(cases) + 1]
+
+
+def test_a_file_that_is_cut_off_is_named_when_its_row_is_drawn(tmp_path, tiny, good):
+    """The check reads headers alone: 47,000 photographs would take an hour to decode."""
+    Image.effect_noise((64, 64), 80).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:700])
+    rows = load(write(tmp_path, [good, good | {"images": "cut.png"}]), tiny)
+    assert rows[0]["images"]
+    with pytest.raises(common.UserError, match=r"row \[1\] .* cannot be decoded \(.*truncated"):
+        rows[1]
 
 
 def test_of_many_bad_rows_the_first_are_named(tmp_path, tiny, good):
@@ -277,7 +282,7 @@ def test_a_folder_of_unknown_settings_is_left_alone(tiny, tmp_path, settings):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text(settings)
     said = refusal("vgs.py", flags(tiny, tmp_path / "run"))
-    assert "other settings" in said or "cannot be used" in said, said
+    assert "other settings" in said or "no args.json that can be read" in said, said
     assert "--output" in said and (tmp_path / "run" / "args.json").read_text() == settings
 
 
@@ -338,34 +343,3 @@ def test_a_copy_without_the_tools_says_what_is_missing(tmp_path):
     result = run_script("vgs.py", "--preset", "toy", cwd=tmp_path)
     assert result.returncode == 1 and "'toy/student' is made by tools/toy.py" in result.stderr
     assert "--student" in result.stderr and "Traceback" not in result.stderr, result.stderr
-
-
-# ------------------------------------------------------------------------------------------------ trackers
-def test_tensorboard_has_the_curves(tiny, tmp_path):
-    """A run that goes on hides what lies behind its checkpoint, and a list is a curve a bin."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    argv = flags(tiny, tmp_path / "run", tracker="tensorboard")
-    assert run_script("vgs.py", *argv).returncode == 0
-    events = EventAccumulator(str(tmp_path / "run"))
-    events.Reload()
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    logged = [json.loads(line) for line in lines]
-    for name, of in (("std", lambda m: m["std"]), ("vis_by_vds/3", lambda m: m["vis_by_vds"][3])):
-        points = [(e.step, e.value) for e in events.Scalars(name)]
-        assert points == [(m["step"], pytest.approx(of(m))) for m in logged[1:]]
-
-
-def test_wandb_gets_the_settings_and_the_curves(tiny, tmp_path, monkeypatch):
-    begun = []
-    monkeypatch.setitem(
-        sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: begun.append(how))
-    )
-    argv = flags(tiny, tmp_path / "run", tracker="wandb")
-    assert run_script("vgs.py", *argv).returncode == 0
-    (how,) = begun
-    assert (
-        how["sync_tensorboard"]
-        and how["config"]["gamma"] == 2.0
-        and list((tmp_path / "run").glob("events*"))
-    )

@@ -9,13 +9,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-import torch
-from kernel_cases import adversarial, build_for_cpu, compare, ordinary, run, stable_top_k
-
 import kernels
 from kernels import reference, topk_tail_divergence
 from kernels.reference import KINDS, OUTSIDE, SUPPORTS
+
+import pytest
+import torch
+from kernel_cases import adversarial, build_for_cpu, compare, ordinary, run, stable_top_k
 
 DTYPES = (torch.float32, torch.bfloat16)
 pytestmark = pytest.mark.skipif(

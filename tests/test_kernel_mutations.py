@@ -10,11 +10,11 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import kernels
+
 import pytest
 import torch
 from kernel_cases import adversarial, build_for_cpu, compare, ordinary, run
-
-import kernels
 
 SOURCE = kernels.SOURCE.read_text()
 BARRIERS = [m.start() for m in re.finditer(r"__syncthreads\(\);", SOURCE)]

@@ -3,12 +3,12 @@
 import itertools
 import math
 
+from kernels import reference, topk_tail_divergence
+from kernels.reference import KINDS, OUTSIDE, SUPPORTS
+
 import numpy as np
 import pytest
 import torch
-
-from kernels import reference, topk_tail_divergence
-from kernels.reference import KINDS, OUTSIDE, SUPPORTS
 
 CASES = list(itertools.product(KINDS, SUPPORTS, OUTSIDE))
 N, V, K = 5, 37, 6

@@ -2,12 +2,12 @@
 
 import json
 
+import common
+from tools import toy
+
 import pytest
 import torch
 from conftest import run_script
-
-import common
-from tools import toy
 
 SIZES = [
     pytest.param(256, 8, 20_000, 2, id="20 million on 2", marks=pytest.mark.slow),

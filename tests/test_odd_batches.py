@@ -5,11 +5,11 @@ Each for the methods that can tell it from any other batch. A rank with nothing:
 
 import importlib
 
+import common
+
 import gradients
 import pytest
 import torch
-
-import common
 
 SETTINGS = {
     "vgs": {"alpha": 0.3},

@@ -3,16 +3,16 @@
 import json
 import math
 
+import common
+import vigos
+from tools import palr
+
 import datasets
 import pytest
 import torch
 from conftest import flags, run_here, run_script
 from exact import read
 from gradients_vigos import teach_form
-
-import common
-import vigos
-from tools import palr
 
 
 def test_leakage_by_hand():

@@ -2,14 +2,14 @@
 
 import json
 
-import pytest
-import torch
-from conftest import ROOT, run_script
-
 import common
 import vgs
 import vigos
 from tools import plan, toy
+
+import pytest
+import torch
+from conftest import ROOT, run_script
 
 
 @pytest.fixture(scope="module")

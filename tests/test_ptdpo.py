@@ -3,13 +3,13 @@
 import json
 import math
 
-import pytest
-import torch
-from conftest import flags, refusal, run_script
-
 import common
 import ptdpo
 from kernels import topk_tail_divergence
+
+import pytest
+import torch
+from conftest import flags, refusal, run_script
 
 
 def test_eq_7_8_routing():

@@ -4,14 +4,14 @@ The reference reads every sequence alone, forms the support with Python sets, an
 fixed rollouts with the code under test, and nothing else.
 """
 
+import common
+
 import pytest
 import torch
 from conftest import distance, layout_gradients
 from exact import read
 from gradients import CORRECT, fixed_rows, stale
 from gradients_ptdpo import samples_of
-
-import common
 
 K, EXTRA = 20, 0.1
 SETTINGS = {

@@ -4,13 +4,13 @@ import json
 import math
 from types import SimpleNamespace
 
+import common
+import reopold
+
 import pytest
 import torch
 from conftest import flags, refusal, run_script
 from gradients_reopold import samples_of
-
-import common
-import reopold
 
 
 @pytest.mark.parametrize(

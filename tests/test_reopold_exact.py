@@ -6,14 +6,14 @@ code under test, and nothing else. Student and teacher have different widths and
 
 import math
 
+import common
+
 import pytest
 import torch
 from conftest import distance, layout_gradients
 from exact import read
 from gradients import fixed_rows, stale
 from gradients_reopold import samples_of
-
-import common
 
 RKL = {"stop_gradient": False, "floor": False, "select": False, "explore": False}
 SETTINGS = {

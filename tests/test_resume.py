@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 
+import common
+
 import pytest
 import torch
 from conftest import ROOT, distance, flags, in_tiny, run_script
 from safetensors.torch import load_file
-
-import common
 
 VOLD = dict(
     teacher="text-only",
@@ -168,7 +168,7 @@ def test_what_a_run_that_goes_on_may_change(tiny, tmp_path):
     done(run_script(*command(tiny, tmp_path / "whole", "vgs")))
     folder = stopped(tmp_path / "whole", tmp_path / "run")
     changes = dict(micro_tokens=150, loss_chunk=5, rollout_batch=2, save_every=3, eval_every=1)
-    said = done(run_script(*command(tiny, folder, "vgs", eval_rows=3, **changes)))
+    said = done(run_script(*command(tiny, folder, "vgs", **changes)))
     assert "going on after step 2" in said
     near(folder, tmp_path / "whole")
     assert (
@@ -185,9 +185,8 @@ PLACES = {
     "state": (True, False),
     "rename": (True, False),
     "clean": (False, True),  # the checkpoint is there, and the oldest state not removed yet
-    "middle": (False, True),  # half of the oldest state is removed
 }
-ALL = pytest.param("weights state rename clean update middle", marks=pytest.mark.slow)
+ALL = pytest.param("weights state rename clean update", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("places", ["state clean", ALL])
@@ -209,7 +208,7 @@ def test_killed_in_many_places_of_a_step_and_a_save(tiny, tmp_path, places):
         assert bool(list(folder.rglob("*.partial"))) == torn, place
     assert f"going on after step {before}" in done(run_script(*argv))
     same(folder, tmp_path / "whole")
-    states = [(folder / "checkpoints" / f"step-{i:06}" / "state").exists() for i in range(1, 5)]
+    states = [(folder / "checkpoints" / f"step-{i:06}" / "state.pt").exists() for i in range(1, 5)]
     assert states == [False, False, True, True]  # the newest two
     assert (folder / "checkpoints" / "step-000001" / "model.safetensors").exists()
 
@@ -263,7 +262,7 @@ def test_small_files_are_old_or_new(tmp_path, monkeypatch):
     file, write = tmp_path / "args.json", type(tmp_path).write_text
     common.replace_text(file, "old")
 
-    def killed(path, text):
+    def killed(path, text, encoding):
         write(path, text[: len(text) // 2])
         raise KeyboardInterrupt
 
@@ -287,28 +286,8 @@ def run(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", ["no index", "cut"])
-def test_a_torn_checkpoint_is_named(tiny, tmp_path, run, damage):
-    """Only a disk or a user makes one. Without it, the run goes on from the one before."""
-    folder = stopped(run, tmp_path / "run")
-    torn = folder / "checkpoints" / "step-000003"
-    shutil.copytree(folder / "checkpoints" / "step-000002", torn)
-    if damage == "no index":
-        (torn / "state" / ".metadata").unlink()
-    else:
-        data = torn / "state" / "__0_0.distcp"
-        data.write_bytes(data.read_bytes()[:1000])
-    argv = command(tiny, folder, "vgs")
-    before = (folder / "metrics.jsonl").read_bytes()
-    assert re.search(r"step-000003/state is not whole .* remove it", refused(run_script(*argv)))
-    assert (folder / "metrics.jsonl").read_bytes() == before
-    shutil.rmtree(torn)
-    assert "going on after step 2" in done(run_script(*argv))
-    same(folder, run)
-
-
 OTHERS = [
-    ("vgs", {"lr": 1e-4}, r"other settings \(lr 0.001 -> 0.0001\)"),
+    ("vgs", {"lr": 1e-4}, r"other settings \(lr 0.001 -> 0.0001;"),
     (
         "vgs",
         {"seed": 1, "gamma": 1.0},
@@ -353,4 +332,4 @@ def test_checkpoints_of_nobody_knows_whom_are_refused(tiny, tmp_path, run, left)
     folder = tmp_path / "run"
     shutil.copytree(run / left, folder / left)
     assert "no args.json" in refused(run_script(*command(tiny, folder, "vgs")))
-    assert [p.name for p in folder.iterdir()] == [left]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([left, "lock"])

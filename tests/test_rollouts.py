@@ -3,12 +3,12 @@
 import math
 import types
 
+import common
+import vgs
+
 import pytest
 import torch
 from conftest import accuracy, flags, run_script
-
-import common
-import vgs
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,36 @@ def test_placeholders_and_padding_rows_are_never_sampled(tiny, tiny_rows, proces
     responses = hf.generate(prompts, seeds_for(prompts))
     sampled = [token for r in responses for token in r.ids]
     assert len(sampled) > 1000 and not set(sampled) & set(hf.processor.banned)
+
+
+BROKEN = {  # what the head gives -> what becomes of it
+    "nan": lambda z: torch.full_like(z, math.nan),
+    "one nan": lambda z: z.index_fill(-1, torch.tensor([30]), math.nan),
+    "one inf": lambda z: z.index_fill(-1, torch.tensor([30]), math.inf),
+    "nothing": lambda z: torch.full_like(z, -math.inf),
+}
+
+
+@pytest.mark.parametrize("seeds", [None, [1, 2]], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("what", BROKEN)
+def test_logits_that_are_not_finite_stop_it_before_a_token_is_drawn(
+    tiny, tiny_rows, processor, what, seeds
+):
+    """At once: not after --max-response tokens of nothing. One response of the two is enough."""
+    passes = []
+
+    def broken(module, inputs, logits):
+        passes.append(len(passes))
+        return torch.cat([logits[:1], BROKEN[what](logits[1:])])
+
+    prompts = [processor.encode(vgs.with_image(row)) for row in tiny_rows[:2]]
+    for more in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.5}):
+        passes.clear()
+        hf = engine(tiny, processor, max_response=50, **more)
+        hf.lm.lm_head.register_forward_hook(broken)
+        with pytest.raises(common.UserError) as error:
+            hf.generate(prompts, seeds)
+        assert "not finite: the sampler's logits" in error.value.message and passes == [0]
 
 
 def test_greedy_repeats_itself_and_responses_end_once(tiny, tiny_rows, processor):

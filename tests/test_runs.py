@@ -2,18 +2,20 @@
 
 import json
 import math
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import common
+import vgs
+
 import pytest
 import torch
 from conftest import METHODS, ROOT, flags, in_tiny, run_script
-
-import common
-import vgs
 
 
 def lines(path) -> list[dict]:
@@ -188,14 +190,22 @@ if os.environ.get("RANK") == "1":
     assert result.returncode != 0 and result.stderr.count("is not there yet") == 1, result.stderr
 
 
+SAMPLER = "not finite: the sampler's logits"
+
+
 @pytest.mark.parametrize(
-    "model, message",
+    "model, message, changes, ranks",
     [
-        ("teacher", "step 1: not finite: rank 0: std of row"),
-        ("student", "the sampling model's logits are not finite"),
+        ("teacher", "step 1: not finite: rank 0: std of row", {}, 0),
+        ("student", SAMPLER, {}, 0),  # greedy, before the first step
+        ("student", SAMPLER, {"eval_data": ""}, 0),
+        ("student", SAMPLER, {}, 2),
+        ("student", SAMPLER, {"eval_data": ""}, 2),
     ],
 )
-def test_a_non_finite_model_stops_before_the_weights_move(tiny, tmp_path, model, message):
+def test_a_non_finite_model_stops_before_the_weights_move(
+    tiny, tmp_path, model, message, changes, ranks
+):
     """A NaN among its weights: the run says which term of which row, or who sampled, and saves no final checkpoint."""
     from safetensors.torch import load_file, save_file
 
@@ -203,10 +213,10 @@ def test_a_non_finite_model_stops_before_the_weights_move(tiny, tmp_path, model,
     weights = load_file(tmp_path / "broken" / "model.safetensors")
     weights["model.language_model.norm.weight"][0] = float("nan")
     save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
-    argv = flags(tiny, tmp_path / "run", **{model: tmp_path / "broken"})
-    result = run_script("vgs.py", *argv)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert message in result.stderr, result.stderr
+    argv = flags(tiny, tmp_path / "run", **{model: tmp_path / "broken"} | changes)
+    result = run_script("vgs.py", *argv, ranks=ranks)
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count(message) == 1, result.stderr
     assert not (tmp_path / "run" / "final").exists()
 
 
@@ -236,6 +246,26 @@ def test_copying_the_files_is_enough(tiny, tmp_path, script):
     )
     assert result.returncode == 0, result.stderr
     check_run(tmp_path / "run" / ("rl" if script == "vold.py" else ""), 1)
+
+
+@pytest.mark.parametrize("module", [*(m.removesuffix(".py") for m in METHODS), "tools.hints"])
+def test_threads_and_bars_are_told_before_they_are_imported(module):
+    """On a busy machine threads sleep while they wait; a bar in a file is a line a minute. The user's own hold."""
+    code = "import os; os.getloadavg = lambda: (LOAD, 0, 0); "
+    code += f"import {module}, tqdm; print(tqdm.tqdm(range(1)).mininterval)"
+    own = dict(OMP_WAIT_POLICY="ACTIVE", TQDM_MININTERVAL="5")
+    for load, more, sleeps, seconds in (
+        (0.5, {}, False, 60),
+        (2, {}, True, 60),
+        (2, own, False, 5),
+    ):
+        env = {"PATH": os.environ["PATH"], "OMP_DISPLAY_ENV": "verbose"} | more
+        words = [sys.executable, "-c", code.replace("LOAD", str(load))]
+        result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert float(result.stdout) == seconds, result.stderr
+        shown = re.search(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)
+        if shown:  # GNU's OpenMP
+            assert (shown[1] == "0") == sleeps
 
 
 def test_importing_needs_torch_alone():

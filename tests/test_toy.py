@@ -8,17 +8,17 @@ import subprocess
 import sys
 import time
 
+import common
+import ptdpo
+import vgs
+from tools import toy, toy_lessons, toy_training
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-
-import common
-import ptdpo
-import vgs
-from tools import toy, toy_lessons, toy_training
 
 
 @pytest.fixture(scope="module")

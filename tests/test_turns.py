@@ -3,13 +3,13 @@
 import json
 from types import SimpleNamespace
 
+import common
+import reopold
+
 import pytest
 import torch
 from conftest import accuracy, flags, refusal, run_script
 from PIL import Image
-
-import common
-import reopold
 
 
 def call(name="crop_image", **arguments):

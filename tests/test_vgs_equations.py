@@ -6,11 +6,11 @@ The references here are written with probabilities and explicit sums, and share 
 import math
 import types
 
-import pytest
-import torch
-
 import common
 import vgs
+
+import pytest
+import torch
 
 N, V = 7, 13
 

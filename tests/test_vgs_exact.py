@@ -4,14 +4,14 @@ The reference reads every sequence alone through transformers' model, whole logi
 instead of log-probabilities, one autograd call. It shares the fixed rollouts with the code under test.
 """
 
+import common
+
 import pytest
 import torch
 from conftest import distance, layout_gradients
 from exact import read
 from gradients import fixed_rows, stale
 from gradients_vgs import samples_of
-
-import common
 
 GAMMA, ETA = 2.0, 0.7  # as in gradients.py
 

@@ -4,6 +4,9 @@ import json
 import math
 import shutil
 
+import common
+import vigos
+
 import datasets
 import pytest
 import torch
@@ -11,9 +14,6 @@ import transformers
 from conftest import flags, run_script
 from gradients import start
 from gradients_vigos import IN_FORM, teach_form
-
-import common
-import vigos
 
 ROW = {
     "problem": "<image>How many?",

@@ -6,14 +6,14 @@ rollouts and the wording of the contexts with the code under test, and nothing e
 
 import re
 
+import common
+import vigos
+
 import pytest
 import torch
 from conftest import distance, layout_gradients
 from exact import read
 from gradients_vigos import samples_of
-
-import common
-import vigos
 
 SETTINGS = {
     "lora": {"clip": 0.0, "lora": 4},

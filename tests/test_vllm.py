@@ -10,13 +10,13 @@ import json
 import os
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import flags, in_tiny, run_script
-
 import common
 import reopold
 import vgs
+
+import pytest
+import torch
+from conftest import flags, in_tiny, run_script
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"

@@ -5,13 +5,13 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import common
+import vold
+
 import pytest
 import torch
 from conftest import flags, refusal, run_script
 from safetensors.torch import load_file
-
-import common
-import vold
 
 VOCABULARY = 12
 INSTRUCTION = vold.PRESETS["toy"]["instruction"]

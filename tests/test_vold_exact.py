@@ -4,15 +4,15 @@ The reference reads every sequence alone, and the teacher reads the response's t
 fixed rollouts with the code under test, and nothing else.
 """
 
+import common
+import vold
+
 import pytest
 import torch
 from conftest import distance, layout_gradients
 from exact import read
 from gradients import CORRECT, fixed_rows, stale
 from gradients_vold import STEP, TAGGED, samples_of
-
-import common
-import vold
 
 DEFAULTS = {
     "mask": "response",

@@ -12,12 +12,12 @@ import json
 import math
 import sys
 
-import torch
-from torch import Tensor
-
 import common
 import ptdpo
 import vgs
+
+import torch
+from torch import Tensor
 
 
 def my_rows(data) -> list[dict]:
@@ -71,7 +71,7 @@ def show(line):
     shown = {}
     for key, x in line.items():
         shown[key] = round(x, 4) if isinstance(x, float) else x
-    common.say(shown)
+    common.say(str(shown))
 
 
 def angles(run, data, args) -> list[dict]:
@@ -112,7 +112,7 @@ def figure_vgs(argv):
 def shifts(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Logits [n, V] of each context, the question's first, and ids [n] -> NLL in each, then KL(context || question)."""
     *logits, ids = tensors
-    log_q = [z.log_softmax(-1) for z in logits]
+    log_q = [common.log_softmax(z) for z in logits]
     nll = [-common.gather(x, ids) for x in log_q]
     return *nll, *(common.kl(x, log_q[0]) for x in log_q)
 
@@ -128,7 +128,7 @@ def mean_shifts(samples, run, args) -> dict[str, tuple[float, float]]:
     found = []
     for m in common.make_micros(samples, names, run.processor, args.micro_tokens):
         with torch.no_grad():
-            pairs = [(hidden, run.head) for hidden in m.by_context(run.teacher(m.batch))]
+            pairs = [(hidden, run.head) for hidden in run.teacher(m.batch).chunk(m.contexts)]
         found.append(common.vocab_terms(shifts, pairs, [m.ids], run.vocab, args.loss_chunk))
     terms = torch.cat(found, dim=-1)
     means = common.token_means(dict(enumerate(terms)))

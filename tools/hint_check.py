@@ -15,12 +15,23 @@ FAULTS = {
     "number": "it contained a number that has to be read off or worked out",
 }
 REQUEST_FAULTS = {  # of requests to an endpoint; they say nothing of a hint
-    "refused": "the endpoint refused the request, or replied without an answer",
+    "refused": "the endpoint refused the request, or its reply held no answer or over 4 MB",
     "timeout": "the request took longer than --timeout",
     "overloaded": "the endpoint was overloaded, also when asked again",
     "disconnected": "the endpoint broke the connection off, also when asked again",
 }
 FAULTS |= REQUEST_FAULTS
+
+
+def of_hints(faults: list[str]) -> list[str]:
+    """The faults of rejected hints, without those of requests that failed: ["form", "timeout"] -> ["form"]."""
+    return [fault for fault in faults if fault not in REQUEST_FAULTS]
+
+
+def hint_of(answer: str) -> str:
+    r"""What follows the thoughts, fit for any file and terminal: "so</think> the\x1b[31m\tbox\ud800" -> "the  box"."""
+    text = re.sub(r"\x1b\[[\d;]*\w|[^\S\n]", " ", answer.rpartition("</think>")[2])
+    return "".join(c for c in text if c.isprintable() or c == "\n").strip()
 
 
 # =============================================================================================== words and numbers
@@ -215,6 +226,8 @@ def form_fault(hint: str, problem: list[str], solution: list[str]) -> str | None
     evidence = look.strip().removeprefix("Look:")
     if evidence in ("", look.strip()) or not think.strip():
         return "form"
+    if len(hint) > 10_000:  # and what follows would take long
+        return "solution"
     if len(words(evidence)) < 4:
         return "evidence"
     said = words(hint)
@@ -258,7 +271,9 @@ def hint_fault(hint: str, row: dict, finished: bool = True) -> str | None:
     if not finished:
         return "cut off"
     hint = without_step_numbers(hint)
-    asked, steps = words(row["problem"]), words(row.get("solution") or "")
+    asked, steps = words(row["problem"]), []
+    if not common.is_empty(row.get("solution")):  # 0 is one
+        steps = words(" ".join(common.all_answers(row["solution"])))
     fault = form_fault(hint, asked, steps)
     for answer in common.all_answers(row["answer"]):  # each of them is a spoiler
         fault = fault or answer_fault(hint, answer, row["problem"])

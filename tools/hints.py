@@ -14,7 +14,7 @@ finds hints goes on with the rows that have none, also with another --model: the
 
 An endpoint's key is that of the environment variable OPENAI_API_KEY. A request that fails for reasons of its own is
 recorded, and its row is passed over until the next start; what every request would meet stops the job. Both are told
-by their kind alone: an error's text may quote the request, which holds a row's answer.
+by their kind alone: an error's text may quote the request, which holds a row's answer, or the key.
 """
 
 import asyncio
@@ -23,16 +23,18 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 import common
-from tools.hint_check import FAULTS, REQUEST_FAULTS, hint_fault
+from tools.hint_check import FAULTS, hint_fault, hint_of, of_hints
+
+import openai
+from tqdm import tqdm
 
 
 # =============================================================================================== settings
@@ -56,6 +58,7 @@ class Args:
     top_k: int = 0  # sample among the k likeliest tokens; 0 = off
     seed: int = 0  # of the engine's sampling
     data_split: str = "train"  # which split of data
+    image_root: str = ""  # folder where relative paths of images begin; empty: that of the data
     skip_bad_rows: bool = False  # leave out rows that cannot be used, instead of stopping
     column_problem: str = "problem"  # column with the question
     column_images: str = "images"  # column with the image, or the list of images
@@ -65,13 +68,13 @@ class Args:
 
 
 # =============================================================================================== writing
-RULES = """
+RULES = """\
 You write a hint for a student who sees the image and the question, and does not know the answer. You know it.
 Two lines, in this form, 20 to 120 words in all, as short commands:
 Look: where in the image the evidence is, what belongs together, and what there is a distraction to be ignored.
 Think: the steps from that evidence to the answer, in order, and the trap in them.
 Be right: following the hint leads to the given answer. Give nothing away: not the answer, not its letter or its name,
-no number that has to be read off or worked out. Do not solve the question.""".lstrip()
+no number that has to be read off or worked out. Do not solve the question."""
 
 
 def hint_prompt(row: dict, faults: list[str] = ()) -> common.Context:
@@ -85,11 +88,6 @@ def hint_prompt(row: dict, faults: list[str] = ()) -> common.Context:
     return common.Context(turns, row["images"])
 
 
-def of_hints(faults: list[str]) -> list[str]:
-    """The faults of rejected hints, without those of requests that failed: ["form", "timeout"] -> ["form"]."""
-    return [fault for fault in faults if fault not in REQUEST_FAULTS]
-
-
 class Checkpoint:
     """Writes hints with the engine that rolls out answers in training."""
 
@@ -100,17 +98,42 @@ class Checkpoint:
         """Calls keep(row, response) for the rows i that `faults` has, as they come; see hint_prompt."""
         numbers, size = list(faults), self.args.rollout_batch
         for at in tqdm(range(0, len(numbers), size), "batches of hints"):
-            batch = [rows[i] for i in numbers[at : at + size]]
-            prompts, seeds = [], []
-            for i, row in zip(numbers[at : at + size], batch):
-                prompts.append(self.engine.processor.encode(hint_prompt(row, faults[i])))
-                seeds.append(common.seed_of(self.args.seed, i, len(faults[i])))
-            for row, response in zip(batch, self.engine.generate(prompts, seeds)):
+            batch = {i: rows[i] for i in numbers[at : at + size]}
+            prompts = [
+                self.engine.processor.encode(hint_prompt(row, faults[i]))
+                for i, row in batch.items()
+            ]
+            seeds = [common.seed_of(self.args.seed, i, len(faults[i])) for i in batch]
+            for row, response in zip(batch.values(), self.engine.generate(prompts, seeds)):
                 keep(row, response)
 
 
 RETRIES = 10  # of a request that meets an overload or a broken connection: about a minute
 CONNECT = 10  # seconds to reach the endpoint
+LIMIT = 4_000_000  # bytes of a reply: more than the longest answer has, and few enough for --requests of them at once
+
+
+class Client(openai.DefaultAsyncHttpxClient):
+    """Sends a request, with its key, to no other address, and reads no more than LIMIT bytes of any reply.
+
+    A reply that is longer becomes one without an answer, of the same status. None is unpacked: that could make a
+    thousand times as much of it.
+    """
+
+    async def send(self, request, **options):
+        request.headers["Accept-Encoding"] = "identity"
+        reply = await super().send(request, **options | {"stream": True})
+        body = bytearray()
+        async for part in reply.aiter_raw():
+            body += part
+            if len(body) > LIMIT:
+                body = b"{}"
+                break
+        await reply.aclose()
+        reply.headers.pop("Content-Encoding", None)
+        return type(reply)(
+            reply.status_code, headers=reply.headers, content=bytes(body), request=request
+        )
 
 
 class Endpoint:
@@ -124,7 +147,12 @@ class Endpoint:
             )
         if not args.endpoint.startswith(("http://", "https://")):
             raise common.UserError("--endpoint has to begin with http:// or https://")
-        self.args = args
+        self.args, self.key = args, os.environ.get("OPENAI_API_KEY") or "none"
+        if not re.fullmatch("[!-~]+", self.key):
+            raise common.UserError(
+                "the environment variable OPENAI_API_KEY holds a blank, a line's end (as in a file from Windows) or "
+                "another character that no key has: set it anew, without"
+            )
 
     def write(self, rows, faults: dict[int, list], keep):
         """See Checkpoint.write; keep(row, None, fault) where a request failed. UserError where all of them would."""
@@ -133,25 +161,24 @@ class Endpoint:
         except EndpointError as e:
             raise common.UserError(
                 f"--endpoint does not answer as it should ({e}). Look at its log, at the address, at --model and at "
-                "OPENAI_API_KEY. What was written so far is kept: start again when it does"
+                "OPENAI_API_KEY; it is not followed to another address, and compressed replies are not read. What was "
+                "written so far is kept: start again when it does"
             )
 
     async def write_all(self, rows, faults, keep):
-        import openai
-
         client = openai.AsyncOpenAI(
             base_url=self.args.endpoint,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            api_key=self.key,
             max_retries=RETRIES,
             timeout=openai.Timeout(None, connect=CONNECT),  # the whole request's is in ask()
+            http_client=Client(follow_redirects=False),
         )
         waiting = iter(tqdm(faults, "hints"))  # each task takes its next row from here
 
         async def write_some():
             for i in waiting:
                 row = rows[i]
-                response, fault = await self.ask(client, row, faults[i])
-                keep(row, response, fault)
+                keep(row, *await self.ask(client, row, faults[i]))
 
         async with client:
             tasks = [asyncio.create_task(write_some()) for _ in range(self.args.requests)]
@@ -170,17 +197,21 @@ class Endpoint:
                 if part["type"] == "image":
                     part.pop("text")
                     part.update(type="image_url", image_url={"url": as_data_url(next(images))})
-        request = client.chat.completions.create(
-            model=self.args.model,
-            messages=context.messages,
-            max_tokens=self.args.max_response,
-        )
+        request = {
+            "model": self.args.model,
+            "messages": context.messages,
+            "max_tokens": self.args.max_response,
+        }
         try:
-            reply = await asyncio.wait_for(request, self.args.timeout)
-            return as_response(reply), ""
+            reply = await asyncio.wait_for(
+                client.chat.completions.with_raw_response.create(**request), self.args.timeout
+            )
+            return as_response(reply.http_response.content), ""
         except Exception as e:  # the client's own, and whatever an answer that is none leads to
-            fault, kind = request_fault(e), type(e).__name__
-            kind += f" of {e.param}" if getattr(e, "param", None) else ""
+            fault = request_fault(e)
+            kind = f"{type(e).__name__} {getattr(e, 'status_code', '')}".strip()
+            if getattr(e, "param", None) in list(request):  # no other word of the endpoint's
+                kind += f" of {e.param}"
         if not fault:
             raise EndpointError(kind)
         print(f"row {row['index']} is passed over: {FAULTS[fault]} ({kind})", file=sys.stderr)
@@ -195,17 +226,14 @@ class NoAnswer(Exception):
     """A reply in JSON that holds no text: some endpoints report a request's error so, with status 200."""
 
 
-def as_response(reply) -> common.Response:
-    """The client's reply -> its text, and whether it ended by itself."""
-    from openai.types.chat import ChatCompletion
-
-    if not isinstance(reply, ChatCompletion):
-        raise TypeError("no JSON object: this is no endpoint")
+def as_response(body: bytes) -> common.Response:
+    """The body of a reply -> its text, and whether it ended by itself."""
+    choices = json.loads(body).get("choices")  # what has no get() is of no endpoint
     try:
-        choice = reply.choices[0]
-        text = str.strip(choice.message.content or "")
-        return common.Response([], choice.finish_reason != "length", text)
-    except (AttributeError, IndexError, TypeError):
+        choice = choices[0]
+        text = str.strip(choice["message"]["content"] or "")
+        return common.Response([], choice.get("finish_reason") != "length", text)
+    except (LookupError, TypeError):
         raise NoAnswer
 
 
@@ -244,7 +272,7 @@ class Records:
         self.data = f"{args.data}, {args.data_split}, questions {questions}"
         self.last = defaultdict(lambda: {"hint": "", "faults": []})  # of each row
         self.passed_over = set()  # rows whose request failed in this start
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = common.claim(self.file.parent)
         lines = common.whole_lines(self.file)
         for record in map(json.loads, lines):
             self.last[record["row"]] = record
@@ -254,7 +282,7 @@ class Records:
                 )
         common.replace_text(self.file, "".join(f"{line}\n" for line in lines))
 
-    def waiting(self, numbers: list[int]) -> dict[int, list]:
+    def waiting(self, numbers: list[int]):
         """Those of the rows with these numbers in the data that are to be asked for: i -> their faults."""
         faults = {}
         for i, number in enumerate(numbers):
@@ -268,13 +296,18 @@ class Records:
         if fault:
             self.passed_over.add(number)
         else:
-            hint = response.text.rpartition("</think>")[2].strip()
+            hint = hint_of(response.text)
             fault = hint_fault(hint, row, response.finished)
-        record = {"row": number, "hint": hint, "faults": self.last[number]["faults"]}
+        faults = self.last[number]["faults"]
         if fault:
-            record |= {"hint": "", "faults": [*record["faults"], fault]}
-        record |= {"model": self.model, "data": self.data}
-        self.last[number] = record
+            hint, faults = "", [*faults, fault]
+        record = self.last[number] = {
+            "row": number,
+            "hint": hint,
+            "faults": faults,
+            "model": self.model,
+            "data": self.data,
+        }
         with open(self.file, "a") as f:
             f.write(json.dumps(record) + "\n")
 
@@ -301,7 +334,12 @@ def main():
     before = sum(bool(records.last[number]["hint"]) for number in numbers)
     print(f"hints for {len(numbers)} rows, {before} of them written before; {records.file}")
     for _ in range(1 + args.attempts):
-        writer.write(rows, records.waiting(numbers), records.keep)
+        try:
+            writer.write(rows, records.waiting(numbers), records.keep)
+        except KeyboardInterrupt:
+            raise common.UserError(
+                "interrupted. What was written so far is kept: the same command goes on from it"
+            )
         if len(records.passed_over) == len(numbers):
             raise common.UserError(
                 "every request failed, see above: look at --endpoint, --model, --timeout and --max-response, and at "
@@ -322,12 +360,9 @@ def write_table(records: dict[int, dict], kept: list[int], args: Args):
     found = [records[row] for row in kept if records[row]["hint"]]
     anew = sum(bool(of_hints(record["faults"])) for record in found)
     faults = Counter(fault for row in kept for fault in records[row]["faults"])
-    rejected = {fault: faults[fault] for fault in of_hints(faults)}
-    failed = {fault: faults[fault] for fault in faults if fault in REQUEST_FAULTS}
     print(
         f"{len(found) - anew} kept at once, {anew} after writing anew, {len(kept) - len(found)} dropped (empty hint); "
-        f"rejected: {rejected}; requests that failed: {failed}\nwritten to {path}; it belongs beside "
-        f"{args.data}, where relative image paths begin"
+        f"faults: {dict(faults)}\nwritten to {path}; it belongs beside {args.data}, where relative image paths begin"
     )
 
 

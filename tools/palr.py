@@ -30,11 +30,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import common
 import vigos
+
+import torch
+from torch import Tensor
 
 # method -> who marks d, and who marks r and a
 TEACHERS = {"opsd": ("reasoning", "reasoning"), "vigos": ("perception", "reasoning")}

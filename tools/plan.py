@@ -13,11 +13,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
 import common
 import vigos
+
+import torch
+from torch import nn
 
 GIB = 2**30
 
@@ -57,10 +57,7 @@ def sizes_of(name, args) -> Sizes:
         trained -= count(lm.model.visual)
     rank = getattr(args, "lora", 0)
     if rank:
-        ends = tuple(vigos.LORA_TARGETS)
-        adapted = [
-            m for n, m in lm.named_modules() if isinstance(m, nn.Linear) and n.endswith(ends)
-        ]
+        adapted = vigos.lora_layers(lm).values()
         trained = sum(rank * (m.in_features + m.out_features) for m in adapted)
     text = config.get_text_config()
     # A block whose attention keeps no probabilities keeps twenty vectors of the hidden size (what norms, queries, keys,

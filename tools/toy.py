@@ -488,6 +488,11 @@ def once(folder: Path, make):
         except KeyboardInterrupt:
             shutil.rmtree(aside, ignore_errors=True)
             sys.exit("\ninterrupted: nothing was kept, the next start makes it again")
+        except OSError as e:
+            shutil.rmtree(aside, ignore_errors=True)
+            sys.exit(
+                f"error: {aside} cannot be written ({e}): it needs 30 MB; CLEANOPD_CACHE names another place"
+            )
         aside.rename(folder)
 
 

@@ -13,13 +13,13 @@ import random
 import shutil
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import common
 import vgs
 from tools import toy, toy_lessons
 from tools.toy_lessons import COURSES, SIZES, TRAINED_ON, Course, prompt_of, response_of
+
+import torch
+from torch import Tensor
 
 
 # =============================================================================================== models
