@@ -394,7 +394,9 @@ def open_images(images, root):
         else:
             image = Path(os.path.abspath(root / str(image)))
             if not image.is_file() or {root, root.resolve()}.isdisjoint(image.parents):
-                raise ValueError(f"{image} is no file in {root}, where images are (--image-root)")
+                raise ValueError(
+                    f"no file below --image-root, by default the data's folder: {image}"
+                )
         image = Image.open(image, formats=FORMATS)
         pixels = image.width * image.height
         if pixels > Image.MAX_IMAGE_PIXELS or image.mode.startswith(("I", "F")):
@@ -491,8 +493,7 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
     if bad and (held_out or not args.skip_bad_rows or len(bad) == len(data)):
         raise UserError(
             f"{listed}\nMend them; training rows, but no held-out ones, can be left out with --skip-bad-rows. Where "
-            "images were not found: relative paths begin at the data, those of a hub data set where you start: unpack "
-            "its images there"
+            "images were not found: their paths begin at the data, or at --image-root"
         )
     if bad:
         say(f"{listed}\nThey are left out")
@@ -1886,7 +1887,7 @@ class Run:
         )
 
     def states(self):
-        """What can be gone on from, oldest first: state/ of the checkpoints, which are renamed when they are whole."""
+        """What can be gone on from, oldest first: states of the checkpoints, which are renamed when they are whole."""
         return sorted(self.path.glob("checkpoints/step-??????/state.pt"))
 
     def save(self, folder):

@@ -123,7 +123,7 @@ def bad_rows(folder, good) -> list[tuple]:
         (good | {"images": "text.png"}, "cannot identify image"),
         (good | {"images": "deep.png"}, "I;16"),
         (good | {"images": "thin.png"}, "aspect ratio"),
-        (good | {"images": ["a.png", None]}, "None is no file"),
+        (good | {"images": ["a.png", None]}, "no file below --image-root"),
         (
             good | {"problem": "<image>Left? <image>Right?"},
             "marks images [1, 2] or videos, and has 1",

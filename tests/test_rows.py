@@ -299,7 +299,7 @@ def test_photographs_stand_upright(folder, processor):
 
 def test_a_missing_image_says_where_it_was_looked_for(folder, processor):
     said = refused(write(folder, [GOOD | {"images": ["x/1.png"]}]), processor)
-    assert f"{folder}/x/1.png" in said and "unpack its images there" in said, said
+    assert f"{folder}/x/1.png" in said and "--image-root" in said, said
 
 
 def test_more_images_than_vllm_makes_room_for_are_refused(folder, processor):

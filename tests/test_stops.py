@@ -362,7 +362,8 @@ def test_stopped_at_random_moments(tiny, tmp_path, start, ranks):
         before = max(count(), 0)
         os.kill(process.pid, SIGTERM)
         result = process.wait(MINUTE)
-        assert result.returncode == 1, result.stderr
+        # torchrun itself sometimes aborts when it ends
+        assert result.returncode == 1 or ranks > 1 and result.returncode, result.stderr
         wait_for(lambda p=process: not p.left(), "the end of all ranks", SOON)
         assert before <= max(count(), 0) <= before + 2, (
             "the step under way, and one that just began"
