@@ -38,7 +38,7 @@ import sys
 import time
 import unicodedata
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -71,8 +71,7 @@ class UserError(SystemExit):
     """
 
     def __init__(self, message: str):
-        self.message = printable(message)
-        super().__init__(f"\nerror: {self.message}" if is_first_error() else 1)
+        super().__init__(f"\nerror: {printable(message)}" if is_first_error() else 1)
 
 
 def printable(text):
@@ -100,7 +99,7 @@ class Args:
     teacher: str = ""  # frozen checkpoint that marks every token
     data: str = ""  # training rows: .parquet, .json, .jsonl, .csv, a folder, or a hub name
     data_split: str = "train"  # which split of data
-    eval_data: str = ""  # held-out rows with answers; empty: no evaluation
+    eval_data: list[str] = field(default_factory=list)  # sets of held-out rows with answers
     eval_split: str = "test"  # which split of eval_data
     column_problem: str = "problem"  # column with the question
     column_images: str = "images"  # column with the image, or the list of images
@@ -166,24 +165,23 @@ RANGES = {
 }
 
 
-def parse_args(cls, presets, ranges, argv=None):
+def parse_args(cls, presets, ranges, argv=None, flag="preset"):
     """Command line -> settings: the dataclass's defaults, then the preset, then the flags.
 
-    presets: name -> values of some settings. ranges: the method's settings -> (smallest, largest) value. What has no
-    range must be finite and not negative.
+    presets: name -> values of some settings, of which the flag names one; the first is the default without a GPU.
+    ranges: the method's settings -> (smallest, largest) value. What has no range must be finite and not negative.
     """
     import tyro
 
     real = next(name for name in presets if not name.startswith("toy"))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(
-        "--preset", choices=presets, default=real if torch.cuda.is_available() else "toy"
-    )
+    default = real if torch.cuda.is_available() else next(iter(presets))
+    parser.add_argument(f"--{flag}", choices=presets, default=default)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            preset = parser.parse_known_args(argv)[0].preset
-            args = tyro.cli(cls, args=argv, default=cls(**presets[preset] | {"preset": preset}))
+            chosen = vars(parser.parse_known_args(argv)[0])
+            args = tyro.cli(cls, args=argv, default=cls(**presets[chosen[flag]] | chosen))
     except SystemExit as e:
         if e.code:
             raise UserError(said.getvalue())
@@ -293,15 +291,14 @@ def all_gather_object(x):
 
 
 def quantile(x, q):
-    """Quantiles of the vectors x [n_r] of all ranks together, linearly interpolated; inf where there is no element.
+    """Quantiles of the vectors x [n_r] of all ranks together, linearly interpolated.
 
     quantile([0, 1, 2, 3, 4, 5], [0.4, 0.7]) -> [2.0, 3.5]. torch.quantile takes 16 million elements at most.
     """
     import numpy as np
 
     together = np.concatenate(all_gather_object(x.cpu().numpy()))
-    found = np.quantile(together, q) if len(together) else np.full(len(q), np.inf)
-    return torch.as_tensor(found, dtype=x.dtype, device=x.device)
+    return torch.as_tensor(np.quantile(together, q), dtype=x.dtype, device=x.device)
 
 
 def token_means(values, where=None):
@@ -336,8 +333,8 @@ def locate(name):
     if not name.startswith("toy/") or Path(name).exists():
         return name
     command = [sys.executable, "-m", "tools.toy", "--part", name.split("/")[1]]
-    root = Path(__file__).parent
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    beside = Path(__file__).parent
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=beside)
     if result.returncode:
         raise UserError(
             f"{name!r} is made by tools/toy.py, which is not beside {Path(__file__).name} or failed (see above). "
@@ -452,21 +449,16 @@ def select_columns(data, columns, name):
     return data.select_columns(sorted(theirs)).add_column(" row", range(len(data)))
 
 
-def load_rows(args, processor, contexts, names, held_out=False, optional="", pick=0):
-    """The training or held-out rows (None without --eval-data), each read and checked before any model is loaded.
+def load_rows(args, processor, contexts, names, pick=0, optional=""):
+    """The rows of --data, each read and checked before any model is loaded.
 
     A row is {problem, images, answer, ..., index}, its images decoded when it is read. contexts: name -> fn(row) ->
     Context, whose prompts have to fit. names: the columns that the method needs, which --column-NAME names in the data;
     optional: those of them that a row may leave empty, as images always are. pick: a fixed random choice of so many.
     """
-    name, split, limit = args.data, args.data_split, args.max_prompt
-    if held_out:
-        name, split, limit = args.eval_data, args.eval_split, args.eval_max_prompt or limit
-        pick = args.eval_rows
-        if not name:
-            return None
+    name = args.data
     columns = {column: getattr(args, f"column_{column}") for column in names.split()}
-    data = select_columns(load_data(name, split), columns, name)
+    data = select_columns(load_data(name, args.data_split), columns, name)
     if 0 < pick < len(data):  # the same in every run; data sets are often sorted
         data = data.shuffle(seed=0).select(range(pick))
     root = Path(os.path.abspath(args.image_root or locate(name)))
@@ -481,7 +473,7 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
         for context in contexts.values():
             view = context(row)
             if view is not None:
-                processor.check(view, limit)
+                processor.check(view, args.max_prompt)
 
     numbers, data = data[" row"], data.with_transform(functools.partial(reader, decode))
     bad = faults_of(data.with_transform(functools.partial(reader, list)), check, name)
@@ -489,8 +481,7 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
         [f"{len(bad)} of {len(data)} rows of {name!r} cannot be used:"]
         + [f"row {numbers[i]}: {fault}" for i, fault in list(bad.items())[:20]]
     )
-    # what is measured is measured on all rows
-    if bad and (held_out or not args.skip_bad_rows or len(bad) == len(data)):
+    if bad and (not args.skip_bad_rows or len(bad) == len(data)):
         raise UserError(
             f"{listed}\nMend them; training rows, but no held-out ones, can be left out with --skip-bad-rows. Where "
             "images were not found: their paths begin at the data, or at --image-root"
@@ -498,6 +489,17 @@ def load_rows(args, processor, contexts, names, held_out=False, optional="", pic
     if bad:
         say(f"{listed}\nThey are left out")
     return data.select([i for i in range(len(data)) if i not in bad])
+
+
+def load_held_out(args, processor, contexts, names, load=load_rows):
+    """The rows of each set of --eval-data by the name of its accuracy, read by `load` as if the set were --data."""
+    found = {}
+    for name in filter(None, args.eval_data):
+        # what is measured is measured on all rows
+        held = replace(args, data=name, data_split=args.eval_split, skip_bad_rows=False)
+        held.max_prompt = args.eval_max_prompt or args.max_prompt
+        found[f"acc@1/{name}"] = load(held, processor, contexts, names, args.eval_rows)
+    return found
 
 
 def read(columns, root, pixels, batch):
@@ -780,11 +782,12 @@ image_mean image_std""".split()
 
 def check_same_inputs(student, teacher):
     """The teacher reads the student's prompts and response ids: stop if they would mean something else to it."""
-    both = []
-    for processor in (student, teacher):
+
+    def inputs(processor):
         images = {key: str(getattr(processor.images, key, "")) for key in IMAGE_KEYS}
-        both.append((processor.tokenizer.get_vocab() | images).items())
-    different = sorted({key for key, _ in both[0] ^ both[1]})
+        return (processor.tokenizer.get_vocab() | images).items()
+
+    different = sorted({key for key, _ in inputs(student) ^ inputs(teacher)})
     if different:
         raise UserError(
             f"student {student.name!r} and teacher {teacher.name!r} read tokens or images differently: "
@@ -827,12 +830,12 @@ class Model(nn.Module):
 
     def forward(self, batch, loss_fn=None):
         """batch: from Processor.batch, on any device. Returns hidden states [N, H], or loss_fn(hidden, head [V, H])."""
-        inputs = {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
+        inputs = {key: value.to(device()) for key, value in batch.items()}
         rows, cols = inputs.pop("rows"), inputs.pop("cols")
         hidden = self.lm.model(**inputs, use_cache=False).last_hidden_state[rows, cols]  # [N, H]
         return hidden if loss_fn is None else loss_fn(hidden, self.lm.lm_head.weight)
 
-    def head(self) -> Tensor:
+    def head(self):
         """The whole output matrix [V, H], on every rank, without gradient."""
         return full_tensor(self.lm.lm_head.weight.detach())
 
@@ -936,14 +939,13 @@ class HFEngine:
         import transformers as t
 
         args = self.args
-        config = t.GenerationConfig(
+        # a checkpoint's own would silently bend the sampling
+        self.lm.generation_config = t.GenerationConfig(
             eos_token_id=self.ends,
             pad_token_id=self.processor.tokenizer.pad_token_id,
             suppress_tokens=self.processor.banned,
             max_new_tokens=args.max_response,
         )
-        # a checkpoint's own would silently bend the sampling
-        self.lm.generation_config = config
         warpers = []
         if seeds:
             warpers.append(t.TemperatureLogitsWarper(args.temperature))
@@ -956,13 +958,9 @@ class HFEngine:
             part = slice(start, start + args.rollout_batch)
             batch = self.processor.pad(prompts[part], side="left").to(device())
             sampler = Sampler(seeds and seeds[part], args.max_response)
-            output = self.lm.generate(
-                **batch,
-                generation_config=config,
-                logits_processor=t.LogitsProcessorList([*warpers, sampler]),
-            )
+            output = self.lm.generate(**batch, logits_processor=[*warpers, sampler])
             sampled = output[:, batch["input_ids"].shape[1] :].tolist()
-            log_probs = torch.stack(sampler.log_probs, dim=-1)  # [B, T]
+            log_probs = torch.stack(sampler.log_probs, -1)  # [B, T]
             for ids, values in zip(sampled, log_probs.tolist()):
                 end = next((i + 1 for i, token in enumerate(ids) if token in self.ends), None)
                 text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
@@ -1125,8 +1123,8 @@ class Sample:
     advantage: float = 0.0
 
 
-def sample_responses(engine, rows, contexts, args):
-    """`group` consecutive responses a row, sampled under the first of the contexts (name -> fn(row) -> Context).
+def sample_responses(engine, rows, contexts, args, greedy=False):
+    """`group` consecutive responses a row, or a greedy one, under the first of the contexts (name -> fn(row)).
 
     Each is drawn with a seed of its own: from --seed, the row's number among all that the run draws, and its number in
     the group. A context may be None for a row that lacks what it shows; the sample then has no prompt of that name.
@@ -1138,14 +1136,13 @@ def sample_responses(engine, rows, contexts, args):
             view = context(row)
             if view is not None:
                 prompts[name] = engine.processor.encode(view)
-        for i in range(args.group):
+        for i in range(1 if greedy else args.group):
             samples.append(Sample(row, dict(prompts)))
             seeds.append(seed_of(args.seed, row.get("draw", row["index"]), i))
     first = next(iter(contexts))
     asked = [s.prompts[first] for s in samples]
-    for s, response in zip(samples, engine.generate(asked, seeds)):
+    for s, response in zip(samples, engine.generate(asked, None if greedy else seeds)):
         s.response = response
-    engine.sleep()
     return samples
 
 
@@ -1173,7 +1170,7 @@ class Micro:
     sampled    [n] the sampler's log-prob                   A method adds [n] vectors of its own.
     """
 
-    def __init__(self, samples, contexts, processor, images: bool = True):
+    def __init__(self, samples, contexts, processor, images=True):
         responses = [s.response for s in samples]
         prompts = [s.prompts[name] for name in contexts for s in samples]
         self.samples, self.contexts = samples, len(contexts)
@@ -1188,7 +1185,7 @@ class Micro:
         self.old = None
         self.teacher = []
 
-    def spread(self, values, dtype=torch.float32) -> Tensor:
+    def spread(self, values, dtype=torch.float32):
         """A number a response -> [n]. Responses of 2 and 1 tokens, [7, 8] -> [7, 7, 8]."""
         repeats = torch.tensor(self.lengths, dtype=torch.long)
         return torch.tensor(values, dtype=dtype).repeat_interleave(repeats).to(device())
@@ -1554,9 +1551,8 @@ class Run:
     step, total: number of this step, and of all. own: numbers that a method carries from step to step.
     """
 
-    stepping = stopping = (
-        False  # whether steps are taken, and whether a signal has asked this rank to stop
-    )
+    # whether steps are taken, and whether a signal has asked this rank to stop
+    stepping = stopping = False
 
     def __init__(self, method, args):
         start_ranks(args)
@@ -1592,10 +1588,10 @@ class Run:
         self.settings["student's weights"] = bits_of(self.student)
         self.engine = ENGINES[self.args.engine](self.args.student, processor, self.args)
 
-    def steps(self, train, held_out, context, others=None):
+    def steps(self, train, held_out, context):
         """Yields 1, 2, ...; then the sampler takes over the weights, and what is due is evaluated and saved.
 
-        context: fn(row) -> Context of the held-out rows; others: name -> more of these.
+        held_out: name of the accuracy -> rows, and context: fn(row) -> Context of these.
         """
         from tqdm import tqdm
 
@@ -1617,7 +1613,7 @@ class Run:
         )
         self.begin()
         if self.step == 0:
-            self.evaluate(held_out, context, others)
+            self.evaluate(held_out, context)
         Run.stepping = True  # from here on a signal waits for the step's end
         bar = tqdm(range(self.step + 1, self.total + 1), args.preset, disable=rank() > 0)
         for self.step in bar:
@@ -1627,7 +1623,7 @@ class Run:
             self.engine.sync(self.student.weights())
             self.phase("sync")
             if self.step == self.total or args.eval_every and self.step % args.eval_every == 0:
-                self.evaluate(held_out, context, others)
+                self.evaluate(held_out, context)
             self.last = self.write_metrics()
             bar.set_postfix_str(
                 f"loss {self.last['loss']}, acc@1 {self.last.get('acc@1', '-')}", refresh=False
@@ -1666,8 +1662,8 @@ class Run:
         # waits for the device, once an update and after its last backward pass
         if not (loss + norm).isfinite():
             self.stop_not_finite(micros)
-        weights = self.student.parameters()  # those without a gradient are passed over
-        torch.nn.utils.clip_grads_with_norm_(weights, self.args.grad_clip, norm)
+        # those without a gradient are passed over
+        nn.utils.clip_grads_with_norm_(self.student.parameters(), self.args.grad_clip, norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -1743,25 +1739,27 @@ class Run:
         self.log({f"seconds/{name}": now - self.mark})
         self.mark = now
 
-    def evaluate(self, held_out, context, others):
-        """Greedy accuracy (Acc@1) on each set of held-out rows, shared out over the ranks."""
-        self.mark = time.perf_counter()
-        sets = ({} if held_out is None else {"acc@1": held_out}) | (others or {})
-        if not sets:
-            return
-        for name, rows in sets.items():
+    def evaluate(self, held_out, context):
+        """Greedy accuracy (Acc@1) on each set of held-out rows, shared out over the ranks, and the mean of several."""
+        self.mark, found = time.perf_counter(), {}
+        for name, rows in held_out.items():
             mine = [rows[i] for i in range(rank(), len(rows), world_size())]
-            prompts = [self.processor.encode(context(row)) for row in mine]
-            pairs = zip(self.engine.generate(prompts), mine)
-            found = mean_over_ranks({name: [is_right(*pair) for pair in pairs]})
-            self.own.setdefault(f"{name} at first", found[name])
-            self.log(found)
+            samples = sample_responses(self.engine, mine, {"": context}, self.args, greedy=True)
+            found |= mean_over_ranks({name: [is_right(s.response, s.row) for s in samples]})
+        if not found:
+            return
+        several = [x for name, x in found.items() if "acc@1" in name]
+        if several:
+            found["acc@1"] = sum(several) / len(several)
+            self.own.setdefault("acc@1 at first", found["acc@1"])
+        self.log(found)
         self.phase("evaluate")
         if self.step == 0:
             self.write_metrics()
 
     def log_samples(self, samples):
-        """Log the share of finished responses and the mean reward, and write some responses to samples.jsonl."""
+        """The rollout is done: log its finished responses and rewards, and write some of it to samples.jsonl."""
+        self.engine.sleep()
         values = {
             "finished": [s.response.finished for s in samples],
             "response_length": [sum(s.response.mask) for s in samples],
@@ -1872,8 +1870,7 @@ class Run:
         self.check_same()  # by now rows and weights are known
         replace_text(self.path / "args.json", json.dumps(self.settings, indent=2))
         for file in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
-            lines = whole_lines(file)
-            lines = [line for line in lines if 0 < self.step >= json.loads(line)["step"]]
+            lines = [x for x in whole_lines(file) if 0 < self.step >= json.loads(x)["step"]]
             replace_text(file, "".join(f"{line}\n" for line in lines))
 
     def finish(self):
@@ -1946,7 +1943,8 @@ class Run:
 
 
 # What a run leaves. Where one of them is somebody else's, nothing is touched.
-OURS = "args.json metrics.jsonl samples.jsonl checkpoints final final.partial".split()
+OURS = """args.json metrics.jsonl samples.jsonl checkpoints final final.partial
+sets answers answers.jsonl results.json""".split()
 
 
 def claim(folder):

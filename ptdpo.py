@@ -86,7 +86,7 @@ PRESETS = {
     "toy": dict(
         student="toy/student",
         data="toy/train",
-        eval_data="toy/test",
+        eval_data=["toy/test"],
         prompts=32,
         group=8,
         max_steps=200,
@@ -432,9 +432,8 @@ def load(run: common.Run, args: Args):
     train = common.load_rows(
         args, processor, contexts(args), columns(args), optional="hint solution"
     )
-    held_out = common.load_rows(
-        args, processor, {"question": question}, "problem images answer", held_out=True
-    )
+    asked = {"question": question}
+    held_out = common.load_held_out(args, processor, asked, "problem images answer")
     frozen = args.lambda_ptd or OPTIMIZERS[args.optimizer].kl
     run.load(processor, args.student if frozen else None)
     return train, held_out

@@ -121,7 +121,7 @@ PRESETS = {
         student="toy/student",
         teacher="toy/teacher",
         data="toy/train",
-        eval_data="toy/test",
+        eval_data=["toy/test"],
         max_steps=150,
     ),
     "toy-math": TOY
@@ -129,7 +129,7 @@ PRESETS = {
         student="toy/math/student",
         teacher="toy/math/teacher",
         data="toy/math/train",
-        eval_data="toy/math/test",
+        eval_data=["toy/math/test"],
         group=4,
         rollout_batch=256,
         max_steps=100,
@@ -139,7 +139,7 @@ PRESETS = {
         student="toy/zoom/student",
         teacher="toy/zoom/teacher",
         data="toy/zoom/train",
-        eval_data="toy/zoom/test",
+        eval_data=["toy/zoom/test"],
         calls=2,
         max_response=192,
         max_steps=120,
@@ -550,15 +550,12 @@ def check_tools(processor, args: Args):
     next_turn(processor, "?", [])
 
 
-def load_questions(args: Args, processor, answers: bool, held_out: bool = False):
+def load_questions(args: Args, processor, asked: dict, names: str, pick: int = 0):
     """Rows that the student can read. A text-only one is refused rows with images: it would answer without them."""
-    name, split = (args.eval_data, args.eval_split) if held_out else (args.data, args.data_split)
-    sees = processor.image_id is not None
-    names = "problem answer" if answers else "problem"
-    if sees or name and args.column_images in common.load_data(name, split).column_names:
+    columns = common.load_data(args.data, args.data_split).column_names
+    if processor.image_id is not None or args.column_images in columns:
         names += " images"
-    may_lack = "" if sees else "images"
-    return common.load_rows(args, processor, contexts(args), names, held_out, optional=may_lack)
+    return common.load_rows(args, processor, asked, names, pick)
 
 
 def load(run: common.Run, args: Args):
@@ -570,8 +567,10 @@ def load(run: common.Run, args: Args):
         common.check_same_inputs(processor, reader)
     if args.calls:
         check_tools(processor, args)
-    train = load_questions(args, processor, answers=args.method == "grpo")
-    held_out = load_questions(args, processor, answers=True, held_out=True)
+    names = "problem answer" if args.method == "grpo" else "problem"
+    train = load_questions(args, processor, contexts(args), names)
+    asked = (processor, contexts(args), "problem answer")
+    held_out = common.load_held_out(args, *asked, load=load_questions)
     run.load(processor, teacher)
     run.writer = run.engine
     if args.method == "sft":

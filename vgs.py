@@ -77,7 +77,7 @@ PRESETS = {
         student="toy/student",
         teacher="toy/teacher",
         data="toy/train",
-        eval_data="toy/test",
+        eval_data=["toy/test"],
         max_steps=150,
         lambda_lp=0.3,
         lr=1e-3,
@@ -327,9 +327,8 @@ def load(run: common.Run, args: Args):
         common.check_same_inputs(processor, common.Processor(teacher, args))
     names = "problem images answer" if args.alpha < 1 else "problem images"
     train = common.load_rows(args, processor, contexts(args), names)
-    held_out = common.load_rows(
-        args, processor, {"image": with_image}, "problem images answer", held_out=True
-    )
+    asked = {"image": with_image}
+    held_out = common.load_held_out(args, processor, asked, "problem images answer")
     run.load(processor, teacher)
     return train, held_out
 

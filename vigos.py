@@ -82,7 +82,7 @@ PRESETS = {
     "toy": dict(
         student="toy/captions/student",
         data="toy/captions/train",
-        eval_data="toy/captions/test",
+        eval_data=["toy/captions/test"],
         conflict_data="toy/captions/conflict",
         max_steps=150,
         lr=3e-4,
@@ -465,9 +465,10 @@ def load_conflicts(args: Args, processor: common.Processor) -> dict:
     """Held-out questions whose text suggests an answer, as in ViLP: {"prior": it is right, "score": it is not}."""
     if not args.conflict_data:
         return {}
-    held_out = dataclasses.replace(args, eval_data=args.conflict_data, eval_rows=0)
+    held_out = dataclasses.replace(args, eval_data=[args.conflict_data], eval_rows=0)
     names = "problem images answer position"
-    rows = common.load_rows(held_out, processor, {"question": question}, names, held_out=True)
+    asked = {"question": question}
+    (rows,) = common.load_held_out(held_out, processor, asked, names).values()
     positions = [str(x) for x in rows.with_format(None)[args.column_position]]
     if set(positions) != {"1", "2", "3"}:
         raise common.UserError(
@@ -488,12 +489,11 @@ def load(run: common.Run, args: Args):
             "--teacher is not for this method: its teacher is --student, before it is trained"
         )
     train = common.load_rows(args, processor, contexts(args), "problem images answer reference")
-    held_out = common.load_rows(
-        args, processor, {"question": question}, "problem images answer", held_out=True
-    )
-    conflicts = load_conflicts(args, processor)
+    asked = {"question": question}
+    held_out = common.load_held_out(args, processor, asked, "problem images answer")
+    held_out |= load_conflicts(args, processor)
     load_models(run, processor, args.student)
-    return train, held_out, conflicts
+    return train, held_out
 
 
 def load_models(run: common.Run, processor: common.Processor, initial: str):
@@ -511,8 +511,8 @@ def main():
     args = common.parse_args(Args, PRESETS, RANGES)
     args.column_reference = args.column_reference or args.column_answer
     run = common.Run("vigos", args)
-    train, held_out, conflicts = load(run, args)
-    for _ in run.steps(train, held_out, question, conflicts):
+    train, held_out = load(run, args)
+    for _ in run.steps(train, held_out, question):
         samples = rollout(run.draw(), run, args)
         run.log_samples(samples)
         parts = [score(part, run, args) for part in common.split(samples, args.updates)]

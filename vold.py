@@ -98,7 +98,7 @@ PRESETS = {
         trace_data="toy/train",
         trace_column="text_problem",
         trace_rows=2000,
-        eval_data="toy/test",
+        eval_data=["toy/test"],
         sft_steps=200,
         sft_batch=64,
         sft_warmup=10,
@@ -472,7 +472,7 @@ def cold_start(args: Args, of_sft: Args):
 def load_held_out(args: Args, processor: common.Processor):
     """The rows of --eval-data, which have images."""
     views = {"image": functools.partial(with_image, args=args)}
-    return common.load_rows(args, processor, views, "problem images answer", held_out=True)
+    return common.load_held_out(args, processor, views, "problem images answer")
 
 
 def free_memory():

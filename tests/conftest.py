@@ -237,7 +237,8 @@ def accuracy(engine, rows, context) -> float:
     """Acc@1 as a run logs it."""
     run = common.Run.__new__(common.Run)
     run.engine, run.processor, run.own, run.values, run.step = engine, engine.processor, {}, {}, 1
-    run.evaluate(rows, context, None)
+    run.args = common.Args()
+    run.evaluate({"acc@1": rows}, context)
     return run.own["acc@1 at first"]
 
 

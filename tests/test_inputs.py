@@ -42,7 +42,7 @@ def settings(*argv):
 def test_contradictions(argv, words):
     with pytest.raises(common.UserError) as error:
         settings(*argv.split())
-    assert all(word in error.value.message for word in words), error.value.message
+    assert all(word in error.value.code for word in words), error.value.code
 
 
 @pytest.mark.parametrize("script", METHODS)
@@ -145,7 +145,7 @@ def test_each_bad_row_is_named_and_can_be_skipped(tmp_path, tiny, good):
     path = write(tmp_path, [good, *(row for row, _ in cases), good])
     with pytest.raises(common.UserError) as error:
         load(path, tiny)
-    message = error.value.message
+    message = error.value.code
     assert f"{len(cases)} of {len(cases) + 2} rows" in message and "--skip-bad-rows" in message
     for i, (_, words) in enumerate(cases, start=1):
         said = [line for line in message.splitlines() if line.strip().startswith(f"row {i}: ")]
@@ -168,7 +168,7 @@ def test_of_many_bad_rows_the_first_are_named(tmp_path, tiny, good):
     path = write(tmp_path, [good] + [good | {"images": "missing.png"}] * 25)
     with pytest.raises(common.UserError, match="25 of 26 rows") as error:
         load(path, tiny)
-    assert error.value.message.count("missing.png") == 20
+    assert error.value.code.count("missing.png") == 20
 
 
 def test_an_empty_answer_is_fine_where_no_reward_needs_it(tmp_path, tiny, good):
@@ -238,14 +238,14 @@ def test_held_out_rows_are_a_fixed_random_choice(tmp_path, tiny, good):
     path = write(tmp_path, [good | {"answer": str(i)} for i in range(30)])
     processor, found = common.Processor(str(tiny / "student")), []
     for rows in (8, 8, 0):
-        args = common.Args(eval_data=path, eval_rows=rows)
-        names = "problem images answer"
-        data = common.load_rows(args, processor, {}, names, held_out=True)
+        args = common.Args(eval_data=[path], eval_rows=rows)
+        (data,) = common.load_held_out(args, processor, {}, "problem images answer").values()
         found.append([data[i]["index"] for i in range(len(data))])
         assert [data[i]["answer"] for i in range(len(data))] == [str(i) for i in found[-1]]
     assert found[0] == found[1] != list(range(8)) and len(set(found[0])) == 8
     assert found[2] == list(range(30))
-    assert common.load_rows(common.Args(), processor, {}, "problem", held_out=True) is None
+    for none in ([], [""]):
+        assert common.load_held_out(common.Args(eval_data=none), processor, {}, "problem") == {}
 
 
 # ------------------------------------------------------------------------------------------------ models and folders

@@ -155,9 +155,9 @@ def test_against_float64(tiny, parrot, tmp_path):
     assert result.returncode == 0, result.stderr
     assert found["wrong_answers"] == 2 and found["used"] > 12
 
-    args = common.Args(eval_data=str(tmp_path / "rows.parquet"), eval_split="train", eval_rows=0)
+    args = common.Args(data=str(tmp_path / "rows.parquet"))
     args.dtype, args.max_response = "float32", 64
-    rows = common.load_rows(args, processor, {}, "problem images answer", held_out=True)
+    rows = common.load_rows(args, processor, {}, "problem images answer")
     engine = common.HFEngine(str(tmp_path / "moved"), processor, args)
     responses = engine.generate([processor.encode(vigos.question(rows[i])) for i in range(24)])
     student, teacher = (
@@ -199,4 +199,4 @@ def test_leakage_of_nothing_is_no_zero(tiny, tmp_path):
 
 def test_held_out_questions_have_to_be_named(tiny, tmp_path):
     result, _ = measure(tiny, tiny / "student", tmp_path / "run", eval_data="")
-    assert result.returncode != 0 and "name them with --eval-data" in result.stderr
+    assert result.returncode != 0 and "name it with --eval-data" in result.stderr

@@ -329,7 +329,7 @@ def test_bad_settings(message, argv):
     argv = ["--preset", "toy", *argv.split()]
     with pytest.raises(common.UserError) as error:
         reopold.check(common.parse_args(reopold.Args, reopold.PRESETS, reopold.RANGES, argv))
-    assert message in error.value.message
+    assert message in error.value.code
 
 
 @pytest.mark.parametrize("preset", reopold.PRESETS)

@@ -130,7 +130,7 @@ def test_logits_that_are_not_finite_stop_it_before_a_token_is_drawn(
         hf.lm.lm_head.register_forward_hook(broken)
         with pytest.raises(common.UserError) as error:
             hf.generate(prompts, seeds)
-        assert "not finite: the sampler's logits" in error.value.message and passes == [0]
+        assert "not finite: the sampler's logits" in error.value.code and passes == [0]
 
 
 def test_greedy_repeats_itself_and_responses_end_once(tiny, tiny_rows, processor):

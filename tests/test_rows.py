@@ -43,16 +43,18 @@ def write(folder, records, name="rows.jsonl") -> str:
 
 
 def load(path, processor, held_out=False, **changes):
-    names = dict(eval_data=path) if held_out else dict(data=path)
-    args = common.Args(**names, **changes)
+    args = common.Args(data=path, eval_data=[path], **changes)
     views = {"image": vgs.with_image, "text": vgs.without_image}
-    return common.load_rows(args, processor, views, "problem images answer", held_out)
+    wanted = (args, processor, views, "problem images answer")
+    if held_out:
+        return common.load_held_out(*wanted)[f"acc@1/{path}"]
+    return common.load_rows(*wanted)
 
 
 def refused(path, processor, **changes) -> str:
     with pytest.raises(common.UserError) as error:
         load(path, processor, **changes)
-    return error.value.message
+    return error.value.code
 
 
 def sizes(row) -> list:
@@ -379,7 +381,7 @@ def test_every_row_is_there_as_it_was_or_is_named(tmp_path_factory, folder, proc
     try:
         found = list(load(path, processor))
     except common.UserError as e:
-        named = {int(line.split()[1][:-1]) for line in e.message.splitlines() if "  row " in line}
+        named = {int(line.split()[1][:-1]) for line in e.code.splitlines() if "  row " in line}
         found = list(load(path, processor, skip_bad_rows=True))
     places = [row["index"] for row in found]
     assert places == sorted(set(range(len(records) + 1)) - named)

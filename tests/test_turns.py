@@ -150,7 +150,7 @@ def test_a_student_that_cannot_take_turns_is_refused(tiny):
     processor.tokenizer.chat_template = "{{ messages[-1]['role'] }}<|im_end|>" + template
     with pytest.raises(common.UserError) as error:
         reopold.check_tools(processor, reopold.Args())
-    assert "rewrites earlier turns" in error.value.message
+    assert "rewrites earlier turns" in error.value.code
 
 
 class Scripted:

@@ -144,7 +144,7 @@ def test_odd_images_are_shown_or_named(tiny, tmp_path):
     processor, columns = common.Processor(str(tiny / "student")), "problem images answer"
     with pytest.raises(common.UserError) as error:
         common.load_rows(args, processor, {"image": vgs.with_image}, columns)
-    listed = [line.strip() for line in error.value.message.splitlines()]
+    listed = [line.strip() for line in error.value.code.splitlines()]
     named = {int(line.split()[1].rstrip(":")) for line in listed if line.startswith("row ")}
     assert named == {i for i, name in enumerate(rows) if name.startswith("bad")}, listed
     args.skip_bad_rows = True
@@ -265,7 +265,7 @@ def test_images_are_files_of_the_datas_folder(tiny, tmp_path, name):
         common.UserError, match="no file below --image-root, by default the data's folder"
     ) as error:
         load_one(tiny, data)
-    assert "--image-root" in error.value.message
+    assert "--image-root" in error.value.code
     if "other" in name:
         data = one_row(tmp_path / "data", f"{tmp_path}/other.png")
         assert load_one(tiny, data, image_root=str(tmp_path))["images"][0].size == (64, 32)
@@ -357,7 +357,7 @@ def test_random_cells_end_in_rows_or_in_a_clear_error(tiny, tmp_path, records):
     try:
         rows = common.load_rows(args, processor, {"text": vgs.without_image}, "problem answer")
     except common.UserError as e:
-        assert "cannot be read" in e.message or "cells of several types" in e.message
+        assert "cannot be read" in e.code or "cells of several types" in e.code
         return
     left = list(rows)
     assert left[0]["index"] == 0

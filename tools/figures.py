@@ -200,10 +200,11 @@ def figure_ptdpo(argv):
 
 
 def held_out(args, processor, contexts, names):
-    if not args.eval_data:
-        raise common.UserError("figures need held-out questions: name them with --eval-data")
-    optional = "hint solution"
-    return common.load_rows(args, processor, contexts, names, held_out=True, optional=optional)
+    load = functools.partial(common.load_rows, optional="hint solution")
+    found = common.load_held_out(args, processor, contexts, names, load)
+    if len(found) != 1:
+        raise common.UserError("figures need one set of held-out questions: --eval-data")
+    return next(iter(found.values()))
 
 
 def main():

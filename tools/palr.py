@@ -211,9 +211,13 @@ def load_rows(args: Args, processor: common.Processor):
     }
     names = "problem images answer"
     names = f"{names} wrong" if args.column_wrong else names
-    rows = common.load_rows(args, processor, contexts, names, held_out=True, optional="wrong")
-    if rows is None:
-        raise common.UserError("PALR is measured on held-out questions: name them with --eval-data")
+    load = functools.partial(common.load_rows, optional="wrong")
+    found = common.load_held_out(args, processor, contexts, names, load)
+    if len(found) != 1:
+        raise common.UserError(
+            "PALR is measured on one set of held-out questions: name it with --eval-data"
+        )
+    (rows,) = found.values()
     if args.column_wrong:
         lists = rows.with_format(None)[args.column_wrong]
         if not all(isinstance(wrong, list | None) for wrong in lists) or not any(lists):

@@ -1,0 +1,318 @@
+"""Accuracy of any checkpoint on the papers' benchmarks, or on rows of your own; every answer is written out.
+
+    python -m tools.evaluate --model runs/x/final --prompt vgs --sets mathverse mmstar my.parquet
+    torchrun --nproc-per-node 8 -m tools.evaluate --model Qwen/Qwen3-VL-2B-Instruct --protocol vigos --output evals/2b
+    python -m tools.evaluate --rescore evals/2b            judges the stored answers anew, without a model
+
+--sets: benchmarks by their names (python -m tools.benchmarks lists them), NAME=PATH for a local copy, and files,
+folders or hub names of rows in our columns. --prompt: a method's, as it trains in it, or a text file of your own with
+{problem} in it. The greedy answer and --samples sampled ones to each question are judged as in training
+(docs/answers.md), or by the benchmark's own rule; tools.scores has every number's formula, docs/evaluation.md what it
+means beside the paper's. --protocol: a paper's sets, prompt and sampling.
+
+A folder, --output, holds sets/ (benchmarks in our columns), answers/ while it goes on, then answers.jsonl (a line an
+answer: prompt, images, response, extracted answer, verdict) and results.json. Stopped, the same line goes on, on any
+number of ranks; ranks take whole batches, so that their number changes no answer.
+"""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import common
+import ptdpo
+import reopold
+import vgs
+import vigos
+import vold
+from tools import benchmarks, scores
+
+from tqdm import tqdm
+
+# =============================================================================================== settings
+# a paper's; benchmarks.csv says which sets it has
+SAMPLED = {"greedy": False}
+PROTOCOLS = {
+    "greedy": {},
+    "vgs": dict(prompt="vgs", samples=16, max_response=2048),
+    "vold": dict(prompt="vold"),
+    "ptdpo": SAMPLED | dict(prompt="ptdpo", samples=8),
+    "vigos": SAMPLED | dict(prompt="vigos", samples=5, top_p=0.9, top_k=20, seed=42),
+    "reopold-math": SAMPLED
+    | dict(prompt="reopold", samples=32, temperature=0.6, top_p=0.95, max_response=32768),
+    "reopold-visual": dict(
+        prompt="reopold", samples=1, temperature=0.6, top_p=0.95, max_response=8192
+    ),
+    "reopold-agentic": SAMPLED
+    | dict(prompt="reopold-tools", calls=5, samples=1, max_response=8192),
+}
+PROMPTS = {
+    "vgs": vgs.with_image,
+    "vold": functools.partial(vold.with_image, args=vold.Args()),
+    "ptdpo": ptdpo.question,
+    "vigos": vigos.question,
+    "reopold": reopold.question,
+    "reopold-tools": reopold.with_tools,
+}
+RANGES = {"samples": (0, 10000), "calls": (0, 100)}
+
+
+@dataclass
+class Args:
+    protocol: str = ""  # a row of PROTOCOLS; flags override it
+    model: str = ""  # checkpoint: a folder, a hub name, or toy/student
+    prompt: str = ""  # a name of PROMPTS, or a text file with {problem} in it
+    # benchmarks, NAME=PATH, or rows in our columns; empty: the protocol's benchmarks
+    sets: list[str] = field(default_factory=list)
+    split: str = "test"  # which split of rows in our columns
+    rows: int = 0  # questions of each set, a fixed random choice; 0 = all
+    column_problem: str = "problem"  # of rows in our columns: the question
+    column_images: str = "images"  # the image, or the list of images
+    column_answer: str = "answer"  # the checkable answer
+    # folder where relative paths of images begin, and outside of which no image is read; empty: that of the rows
+    image_root: str = ""
+
+    greedy: bool = True  # answer each question greedily: acc@1
+    samples: int = 0  # sampled answers a question (n)
+    k: list[int] = field(default_factory=list)  # of pass@k and maj@k; empty: n
+    temperature: float = 1.0  # of the samples
+    top_p: float = 1.0  # nucleus sampling; 1 = off
+    top_k: int = 0  # sample among the k likeliest tokens; 0 = off
+    calls: int = 0  # rounds of image tools (prompt reopold-tools)
+    seed: int = 0  # of the samples
+    max_prompt: int = 16384  # longest prompt in tokens, image tokens included
+    max_response: int = 4096  # longest response in tokens; one that is cut off has not answered
+    min_pixels: int = 0  # see the methods' --help
+    max_pixels: int = 0
+
+    engine: Literal["auto", "hf", "vllm"] = "auto"  # who generates
+    vllm_memory: float = 0.8  # share of a GPU's memory that vLLM may hold
+    rollout_batch: int = 64  # responses generated at once
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    timeout: float = 1440.0  # minutes that ranks wait for the slowest
+    output: str = ""  # folder, gone on with if it holds this evaluation
+    rescore: str = ""  # folder whose answers.jsonl is judged anew; nothing else is done
+
+    # what engine and folder read besides
+    prompts, updates, replicas, eval_max_prompt = 0, 1, 1, 0
+
+    @property
+    def preset(self):
+        return self.protocol
+
+
+# =============================================================================================== prompts and rows
+def prompt_of(name: str) -> Callable:
+    """fn(row) -> Context, of PROMPTS or of a file."""
+    if name in PROMPTS:
+        return PROMPTS[name]
+    try:
+        text = Path(name).read_text("utf-8")
+    except (OSError, ValueError) as e:
+        raise common.UserError(
+            f"--prompt {name!r} is no prompt ({e}): give one of {', '.join(PROMPTS)}, or a text file with {{problem}}"
+        )
+    if "{problem}" not in text:
+        raise common.UserError(
+            f"the prompt {name} has no {{problem}} in it, where the question goes"
+        )
+
+    def question(row):
+        asked = text.replace("{problem}", row["problem"])
+        turn = common.message("user", asked, len(row["images"]))
+        return common.Context([turn], row["images"])
+
+    return question
+
+
+OURS = "images category rule tolerance groups"  # columns that a set may have
+
+
+def load_set(name: str, args: Args, processor, context: Callable, folder: Path):
+    """What a set is called, and its rows, each checked. A benchmark's are written to the folder first."""
+    own = Path(name).exists() or "/" in name.partition("=")[0]
+    data, label = name, name
+    if not own:
+        label = benchmarks.find(name)[0].name
+        data = str(folder / f"{label}.parquet")
+        if common.rank() == 0 and not Path(data).exists():
+            common.say(f"reading the benchmark {name}")
+            benchmarks.write(name, Path(data))
+        common.all_gather_object("written")
+    asked = common.Args(data=data, data_split=args.split, max_prompt=args.max_prompt)
+    for column in OURS.split():
+        setattr(asked, f"column_{column}", column)
+    if own:
+        for column in ("problem", "images", "answer"):
+            setattr(asked, f"column_{column}", getattr(args, f"column_{column}"))
+        asked.image_root = args.image_root
+    there = common.load_data(data, args.split).column_names
+    names = [x for x in OURS.split() if getattr(asked, f"column_{x}") in there]
+    if "images" not in names:
+        common.say(f"{name} has no column {asked.column_images!r}: its questions are text alone")
+    wanted = " ".join(["problem answer", *names])
+    rows = common.load_rows(asked, processor, {"": context}, wanted, args.rows, optional=OURS)
+    return label, rows
+
+
+# =============================================================================================== answers
+@dataclass
+class Job:
+    """Questions start .. stop of a set, each answered greedily or several times; the file is whole or not there."""
+
+    name: str
+    rows: object
+    start: int
+    stop: int
+    samples: int  # 0: greedy
+    file: Path
+
+
+def jobs_of(sets: dict, args: Args, folder: Path) -> list[Job]:
+    """All work, in batches that do not depend on the number of ranks."""
+    jobs = []
+    for n in [0] * args.greedy + [args.samples] * (args.samples > 0):
+        size = max(1, args.rollout_batch // max(1, n))
+        for number, (name, rows) in enumerate(sets.items()):
+            for start in range(0, len(rows), size):
+                stop = min(start + size, len(rows))
+                file = folder / f"{number:03}-{n}-{start:07}.jsonl"
+                jobs.append(Job(name, rows, start, stop, n, file))
+    return jobs
+
+
+def answer(job: Job, engine, context: Callable, args: Args):
+    """Write what the model says to a job's questions."""
+    rows = [job.rows[i] for i in range(job.start, job.stop)]
+    asked = SimpleNamespace(group=job.samples, seed=args.seed)
+    greedy = job.samples == 0
+    samples = common.sample_responses(engine, rows, {"": context}, asked, greedy)
+    lines = []
+    for i, s in enumerate(samples):
+        record = {
+            "set": job.name,
+            "row": s.row["index"],
+            "sample": None if greedy else i % job.samples,
+            "prompt": engine.processor.render(context(s.row)),
+            "images": [f"{image.width} x {image.height}" for image in s.row["images"]],
+            "response": s.response.text,
+            "finished": s.response.finished,
+        }
+        kept = {key: s.row[key] for key in s.row if key not in ("images", "index", "draw")}
+        record |= kept
+        lines.append(json.dumps(record | scores.judge(record), ensure_ascii=False))
+    common.replace_text(job.file, "".join(f"{line}\n" for line in lines))
+
+
+def answer_all(pending: list[Job], processor, context: Callable, args: Args):
+    """Every rank takes its share; the first waits for the others."""
+    engine = common.ENGINES[args.engine](args.model, processor, args)
+    if args.calls:
+        engine = reopold.Turns(engine, args)
+    mine = pending[common.rank() :: common.world_size()]
+    for job in tqdm(mine, "answering", disable=common.rank() > 0):
+        answer(job, engine, context, args)
+    engine.close()
+    common.all_gather_object("answered")
+
+
+# =============================================================================================== results
+def score(folder: Path, records: list[dict], ks: list[int]):
+    """Write answers.jsonl and results.json, and print the table."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    common.replace_text(folder / "answers.jsonl", "".join(f"{line}\n" for line in lines))
+    found = scores.results(records, ks)
+    common.replace_text(folder / "results.json", json.dumps(found, indent=2) + "\n")
+    common.say(f"{scores.table(found)}\nwritten to {folder}/results.json and answers.jsonl")
+
+
+def rescore(folder: Path, ks: list[int]):
+    """Judge the answers of a finished evaluation anew."""
+    lines = common.whole_lines(folder / "answers.jsonl")
+    if not lines:
+        raise common.UserError(
+            f"{folder}/answers.jsonl is not there: no evaluation has been finished there"
+        )
+    records = [json.loads(line) for line in lines]
+    changed = 0
+    for record in records:
+        verdict = scores.judge(record)
+        changed += verdict["right"] != record["right"]
+        record |= verdict
+    common.say(f"{changed} of {len(records)} verdicts changed")
+    score(folder, records, ks)
+
+
+# =============================================================================================== main
+def check(args: Args):
+    """Refuse what nothing could be made of."""
+    if not (args.model and args.sets and args.prompt):
+        raise common.UserError(
+            "give --model, --prompt and --sets, or a --protocol that has the last two"
+        )
+    if max([1, *args.k]) > args.samples + args.greedy:
+        raise common.UserError(f"nothing is to be answered, or --k {args.k} needs more --samples")
+    if bool(args.calls) != (args.prompt == "reopold-tools"):
+        raise common.UserError("--calls N and --prompt reopold-tools go together")
+
+
+def load_sets(args: Args, processor, context: Callable, folder: Path) -> dict:
+    sets = {}
+    for name in args.sets:
+        label, rows = load_set(name, args, processor, context, folder)
+        if label in sets:
+            raise common.UserError(f"--sets has {label} twice")
+        sets[label] = rows
+    return sets
+
+
+def begin(run: common.Run, sets: dict):
+    """Stop where the folder holds answers of other rows, weights or batches; else note them there."""
+    weights = []
+    folder = Path(common.locate(run.args.model))
+    if folder.is_dir():
+        weights = sorted(f"{x.name} {x.stat().st_mtime_ns}" for x in folder.glob("*.safetensors"))
+    rows = common.seed_of(*map(common.texts_of, sets.values()))
+    run.settings |= {"rows of sets": rows, "weights": weights, "batch": run.args.rollout_batch}
+    if common.rank() == 0:
+        run.check_same()
+        common.replace_text(run.path / "args.json", json.dumps(run.settings, indent=2))
+        (run.path / "answers").mkdir(exist_ok=True)
+
+
+def main():
+    args = common.parse_args(Args, PROTOCOLS, RANGES, flag="protocol")
+    if args.rescore:
+        return rescore(Path(args.rescore), args.k)
+    args.sets = args.sets or benchmarks.of_protocol(args.protocol)
+    check(args)
+    context = prompt_of(args.prompt)
+    run = common.Run("evaluate", args)
+    processor = common.Processor(args.model, args)
+    if not processor.tokenizer.chat_template:
+        raise common.UserError(f"the model {args.model!r} has no chat template to ask it with")
+    sets = load_sets(args, processor, context, run.path / "sets")
+    begin(run, sets)
+    jobs = jobs_of(sets, args, run.path / "answers")
+    done = (run.path / "answers.jsonl").exists()
+    pending = [job for job in jobs if not done and not job.file.exists()]
+    common.all_gather_object("all ranks have seen the same files")
+    common.say(f"{len(pending)} of {len(jobs)} batches are to be answered, in {run.path}")
+    if pending:
+        answer_all(pending, processor, context, args)
+    if common.rank() > 0:
+        return
+    if done:
+        return rescore(run.path, args.k)
+    lines = [line for job in jobs for line in common.whole_lines(job.file)]
+    score(run.path, list(map(json.loads, lines)), args.k)
+    shutil.rmtree(run.path / "answers")
+
+
+if __name__ == "__main__":
+    common.launch(main)

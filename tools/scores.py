@@ -1,0 +1,287 @@
+"""Verdicts on stored answers, and what benchmarks make of them. No model is needed here.
+
+A record is what tools.evaluate writes of an answer (a line of answers.jsonl); `judge` says whether it is right, and
+`results` turns the records of several sets into numbers, each a mean and its standard error over questions. n sampled
+answers a question, c of them right:
+
+    acc@1           the greedy answer's accuracy
+    acc@n           mean of c / n (the papers' Acc@n and Avg@n)
+    pass@k          1 - C(n - c, k) / C(n, k): that one of k drawn ones is right (Chen et al., arXiv:2107.03374, Eq. 1)
+    maj@k           of k consecutive samples the answer given most often is right; mean over the n // k such groups
+    qAcc, fAcc      HallusionBench: all questions of a group are right (one question, one figure)
+    worst           DynaMath: all variants of a question are right
+    strict, loose   We-Math: 1 where the whole problem is right and all (loose: some) of its steps; 0.5 where all steps
+                    are right and the whole is not
+    balanced        mean over categories ("2D/COCO": over COCO and its neighbours, then over 2D and its neighbours)
+
+With n samples a group's number is its mean over the first, the second, ... sample of each question, named qAcc@n.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from fractions import Fraction
+
+import common
+
+import numpy as np
+
+
+# =============================================================================================== is it right?
+def judge(record: dict) -> dict:
+    """{"extracted", "right"} of a record; right is a bool, for anls a share, and None where the set needs a judge."""
+    response = common.Response([], record["finished"], record["response"])
+    extracted = common.extract_answer(response.text) if response.finished else None
+    rule = RULES[record.get("rule") or "answer"]
+    return {"extracted": extracted, "right": rule(response, extracted, record)}
+
+
+def answer_is_right(response, extracted, record) -> bool:
+    """The rule of training: docs/answers.md."""
+    return common.is_right(response, record)
+
+
+def number_is_near(response, extracted, record) -> bool:
+    """|x - answer| <= tolerance; what is no number is compared as in training."""
+    ours = number(extracted or "")
+    gold = number(common.all_answers(record["answer"])[0])
+    if ours is None or gold is None:
+        return common.is_right(response, record)
+    # fractions: exact, and the limit itself is within it
+    return abs(ours - gold) <= Fraction(str(record["tolerance"]))
+
+
+def number(text):
+    """Its value, where it is a number, with a unit or not; else None."""
+    value, _ = common.as_quantity(common.plain(text))
+    return value if isinstance(value, Fraction) else None
+
+
+def counts_are_same(response, extracted, record) -> bool:
+    """All whole numbers in order, "rows=5, columns=4" for "5,4"; an answer without any as in training."""
+    gold = re.findall(r"\d+", common.all_answers(record["answer"])[0])
+    if not gold:
+        return common.is_right(response, record)
+    return re.findall(r"\d+", extracted or "") == gold
+
+
+NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen twenty""".split()
+
+
+def word_is_same(response, extracted, record) -> bool:
+    """One word, numbers as words or digits, singular or plural."""
+    golds = [word(answer) for answer in common.all_answers(record["answer"])]
+    return extracted is not None and word(extracted) in golds
+
+
+def word(text):
+    """ "The Cubes." -> "cube", "Seven" -> "7", "boxes" -> "box"."""
+    text = common.plain(text).lower()
+    if text in NUMBERS:
+        return str(NUMBERS.index(text))
+    return re.sub(r"(?<=[sxz])es$|(?<=ch|sh)es$|(?<!s)s$", "", text)
+
+
+def anls(response, extracted, record) -> float:
+    """1 - edit distance / length of the longer, of the nearest answer; 0 below one half."""
+    ours = " ".join((extracted or "").lower().split())
+    likeness = [0.0]
+    for answer in common.all_answers(record["answer"]):
+        gold = " ".join(answer.lower().split())
+        longer = max(len(ours), len(gold), 1)
+        likeness.append(1 - edit_distance(ours, gold) / longer)
+    best = max(likeness)
+    return best if best >= 0.5 else 0.0
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Levenshtein's: insertions, deletions, substitutions."""
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        before, row[0] = row[0], i
+        for j, b in enumerate(other, 1):
+            # before: one left and one up
+            best = min(row[j] + 1, row[j - 1] + 1, before + (a != b))
+            before, row[j] = row[j], best
+    return row[-1]
+
+
+RULES = {
+    "answer": answer_is_right,
+    "number": number_is_near,
+    "word": word_is_same,
+    "counts": counts_are_same,
+    "anls": anls,
+    "judge": lambda *_: None,
+}
+
+
+# =============================================================================================== estimators
+def pass_at(n: int, c: int, k: int) -> float:
+    """Chance that k of n answers, drawn without replacement, hold one of the c right ones."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(answers: list[dict]) -> float:
+    """Whether the answer given most often is right; where several are, their mean. No answer has no vote."""
+    votes, verdicts = Counter(), {}
+    for answer in answers:
+        if answer["extracted"] is None:
+            continue
+        form = common.plain(answer["extracted"])
+        # equal in value, as 1/2 and 0.5
+        known = next((x for x in verdicts if x == form or common.is_correct(x, form)), form)
+        votes[known] += 1
+        verdicts.setdefault(known, answer["right"])
+    most = max(votes.values(), default=0)
+    first = [float(verdicts[x]) for x in votes if votes[x] == most]
+    return sum(first) / len(first) if first else 0.0
+
+
+def vote(answers: list[dict], k: int) -> float:
+    """maj@k of one question's samples."""
+    starts = range(0, len(answers) - k + 1, k)
+    return float(np.mean([majority(answers[i : i + k]) for i in starts]))
+
+
+def mean(values) -> list:
+    """[mean, standard error of the mean] over questions, in percent; one question has no error."""
+    x = 100 * np.asarray(list(values), dtype=float)
+    error = None
+    if len(x) > 1:
+        error = round(x.std(ddof=1) / math.sqrt(len(x)), 4)
+    return [round(x.mean(), 4), error]
+
+
+# =============================================================================================== groups
+def all_right(answers: list[dict]) -> float:
+    return float(all(a["right"] for a in answers))
+
+
+def mastery(answers: list[dict], enough) -> float:
+    """We-Math's four cases. The whole problem is the answer of category ...multi, the others are its steps."""
+    steps, whole = [], False
+    for a in answers:
+        if a["category"].endswith("multi"):
+            whole = a["right"]
+        else:
+            steps.append(a["right"])
+    if whole:  # complete mastery, or by rote
+        return float(enough(steps))
+    return 0.5 if all(steps) else 0.0  # inadequate generalisation, or insufficient knowledge
+
+
+REDUCE = {
+    "qAcc": all_right,
+    "fAcc": all_right,
+    "worst": all_right,
+    "strict": lambda answers: mastery(answers, all),
+    "loose": lambda answers: mastery(answers, any),
+}
+
+
+def by(records: list[dict], key: str) -> dict:
+    """Value of a key -> records, in their order."""
+    found = defaultdict(list)
+    for record in records:
+        found[record.get(key)].append(record)
+    return found
+
+
+def grouped(answers: list[dict]) -> dict[str, list[float]]:
+    """Name of a group metric -> a value a group. answers: one a question."""
+    members = defaultdict(list)
+    for answer in answers:
+        for name in answer.get("groups") or ():
+            members[name].append(answer)
+    found = defaultdict(list)
+    for name, group in members.items():
+        metric = name.split(" ")[0]
+        found[metric].append(REDUCE[metric](group))
+    return found
+
+
+def balanced(means: dict[str, float]) -> float:
+    """{"2D/a": 1, "2D/b": 0, "3D": 1} -> 0.75."""
+    tops = defaultdict(dict)
+    for path, value in means.items():
+        top, _, below = path.partition("/")
+        tops[top][below] = value
+    total = 0.0
+    for inner in tops.values():
+        total += inner[""] if "" in inner else balanced(inner)
+    return total / len(tops)
+
+
+# =============================================================================================== results
+def of_greedy(answers: list[dict]) -> dict:
+    """acc@1, and the group metrics."""
+    found = {"acc@1": mean(a["right"] for a in answers)}
+    for name, values in grouped(answers).items():
+        found[name] = mean(values)
+    return found
+
+
+def of_samples(answers: list[dict], ks: list[int]) -> dict:
+    """acc@n, pass@k, maj@k, and the group metrics."""
+    questions = by(answers, "row").values()
+    n = len(answers) // len(questions)
+    right = [sum(a["right"] for a in of_one) for of_one in questions]
+    found = {f"acc@{n}": mean(c / n for c in right)}
+    if all(c == int(c) for c in right):  # no shares, as anls gives
+        for k in ks or [n]:
+            found[f"pass@{k}"] = mean(pass_at(n, int(c), k) for c in right)
+            found[f"maj@{k}"] = mean(vote(of_one, k) for of_one in questions)
+    drawn = [grouped(of_one) for of_one in by(answers, "sample").values()]
+    for name in drawn[0]:
+        found[f"{name}@{n}"] = mean(np.mean([groups[name] for groups in drawn], axis=0))
+    return found
+
+
+def metrics(records: list[dict], ks: list[int]) -> dict:
+    """Number of questions, and metric -> [mean, standard error]. ks: of pass@k and maj@k; empty: the samples."""
+    scored = [r for r in records if r["right"] is not None]
+    greedy = [r for r in scored if r["sample"] is None]
+    drawn = [r for r in scored if r["sample"] is not None]
+    found = of_greedy(greedy) if greedy else {}
+    if drawn:
+        more = of_samples(drawn, ks)
+        # n = 1: not the greedy one
+        found |= {name.replace("acc@1", "acc@1 sampled"): pair for name, pair in more.items()}
+    return {"questions": len(by(records, "row")), "metrics": found}
+
+
+def results(records: list[dict], ks: list[int]) -> dict:
+    """Set -> its metrics, and those of every category."""
+    found = {}
+    for name, of_set in by(records, "set").items():
+        found[name] = whole = metrics(of_set, ks)
+        categories = by(of_set, "category")
+        if len(categories) < 2:
+            continue
+        parts = {str(category): metrics(part, ks) for category, part in categories.items()}
+        whole["categories"] = parts
+        for metric in list(whole["metrics"])[:1]:
+            means = {category: part["metrics"][metric][0] for category, part in parts.items()}
+            whole["metrics"]["balanced"] = [round(balanced(means), 4), None]
+    return found
+
+
+def table(found: dict) -> str:
+    """The results as lines of text: a set, and below it its categories."""
+    lines = []
+    for name, of_set in found.items():
+        parts = {name: of_set}
+        for category, part in of_set.get("categories", {}).items():
+            parts[f"  {category}"] = part
+        for label, part in parts.items():
+            numbers = [shown(metric, *pair) for metric, pair in part["metrics"].items()]
+            judged = ", ".join(numbers) or "written out for a judge"
+            lines.append(f"{label:32.32} {part['questions']:6}  {judged}")
+    return "\n".join(lines)
+
+
+def shown(metric: str, value: float, error) -> str:
+    text = f"{metric} {value:.1f}"
+    return text if error is None else f"{text} ± {error:.1f}"
