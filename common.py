@@ -1307,7 +1307,7 @@ def is_correct(prediction, answer):
     """
     if prediction is None:
         return False
-    golds = [one.rpartition("####")[2] for one in all_answers(answer)]
+    golds = {one.rpartition("####")[2] for one in all_answers(answer)}
     return any(same(plain(prediction), plain(extract_answer(gold) or gold)) for gold in golds)
 
 

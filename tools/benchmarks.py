@@ -248,13 +248,10 @@ def load(name: str):
     import datasets
 
     b, place_of = find(name)
-    try:
-        data = common.load_data(place_of, b.split)
-    except common.UserError as e:
-        raise common.UserError(
-            f"{e.code}\nThe benchmark {b.name} is the hub's {b.source}, split {b.split}. Where there is no network, "
-            f"take a local copy of it, a file or a folder: {b.name}=PATH"
-        )
+    common.say(
+        f"{b.name} is {b.source} on the hub, split {b.split}; {b.name}=PATH takes a local copy, a file or a folder"
+    )
+    data = common.load_data(place_of, b.split)
     missing = sorted(b.columns() - set(data.column_names))
     if missing:
         raise common.UserError(

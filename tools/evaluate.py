@@ -141,7 +141,6 @@ def load_set(name: str, args: Args, processor, context: Callable, folder: Path):
         label = benchmarks.find(name)[0].name
         data = str(folder / f"{label}.parquet")
         if common.rank() == 0 and not Path(data).exists():
-            common.say(f"reading the benchmark {name}")
             benchmarks.write(name, Path(data))
         common.all_gather_object("written")
     asked = common.Args(data=data, data_split=args.split, max_prompt=args.max_prompt)

@@ -123,20 +123,23 @@ def pass_at(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+RIGHT = object()  # the answer that is voted for by whoever is right
+
+
 def majority(answers: list[dict]) -> float:
     """Whether the answer given most often is right; where several are, their mean. No answer has no vote."""
-    votes, verdicts = Counter(), {}
+    votes = Counter()
     for answer in answers:
-        if answer["extracted"] is None:
-            continue
-        form = common.plain(answer["extracted"])
-        # equal in value, as 1/2 and 0.5
-        known = next((x for x in verdicts if x == form or common.is_correct(x, form)), form)
-        votes[known] += 1
-        verdicts.setdefault(known, answer["right"])
+        if answer["right"]:  # all of these are equal to the reference
+            votes[RIGHT] += 1
+        elif answer["extracted"] is not None:
+            form = common.plain(answer["extracted"])
+            # equal in value, as 1/2 and 0.5
+            wrong = (x for x in votes if x is not RIGHT and common.is_correct(x, form))
+            votes[form if form in votes else next(wrong, form)] += 1
     most = max(votes.values(), default=0)
-    first = [float(verdicts[x]) for x in votes if votes[x] == most]
-    return sum(first) / len(first) if first else 0.0
+    first = [x for x in votes if votes[x] == most]
+    return float(RIGHT in first) / len(first) if first else 0.0
 
 
 def vote(answers: list[dict], k: int) -> float:
