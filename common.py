@@ -1262,7 +1262,7 @@ def sequence_old(now, old, divisor, response):
 
 # =============================================================================================== answers
 # An option as a question lists it, up to the next one or the line's end: its letter, and all of it.
-LISTED = r"(?<!\w)\(?(?=([A-H]))(\1[).:] *.+?)(?=(?<!\s)\s*(?:\(?[A-H][).:] |\n|$)|$)"
+LISTED = r"(?<!\w)\(?(?=([A-J]))(\1[).:] *.+?)(?=(?<!\s)\s*(?:\(?[A-J][).:] |\n|$)|$)"
 
 
 def is_right(response, row):
@@ -1461,7 +1461,7 @@ OPTION = r"""(?x:
     ((?i:(?!yes.*\bno\b|no.*\byes\b)(?:yes|no)(?=[.,;:][ ][a-z]|[ ][-(]|$)) | [A-Za-z](?!,))
     (?: [)\]}:]+ | [.,](?=[ ]|$) | (?<=[A-H])[ ]-(?=[ ]) | [ ](?=\() | $)
     # another option
-    (?!.*(?:\b[A-H][).:](?![A-Z]) | [ ][a-h][).][ ] | \([a-h]\) | (?:\bor|/)[ ]?\(?[A-Ha-h]\b))
+    (?!.*(?:\b[A-J][).:](?![A-Z]) | [ ][a-h][).][ ] | \([a-h]\) | (?:\bor|/)[ ]?\(?[A-Ja-h]\b))
     (?![ ]?[A-H]$ | .*\bmaybe[ ][A-H]$)
     (.*)
 )"""
@@ -1942,9 +1942,9 @@ class Run:
         return True
 
 
-# What a run leaves. Where one of them is somebody else's, nothing is touched.
+# What a run leaves. Where one of them is somebody else's, nothing is touched. An evaluation's sets/ is there before.
 OURS = """args.json metrics.jsonl samples.jsonl checkpoints final final.partial
-sets answers answers.jsonl results.json""".split()
+answers answers.jsonl results.json""".split()
 
 
 def claim(folder):

@@ -4,9 +4,10 @@
     python -m tools.benchmarks mathverse mmstar --to sets      writes sets/mathverse.parquet, sets/mmstar.parquet
 
 Such a file has our columns, and goes into --eval-data of a training run as well; tools.evaluate writes it by itself.
-NAME=PATH takes a local copy of what the hub has, a file or a folder. docs/evaluation.md says what each number means,
-and where it differs from the paper's. Columns were taken from the data cards and from the loaders of lmms-eval and
-VLMEvalKit (read in November 2026, not loaded): where one has changed, an error says what was looked for.
+NAME=PATH takes a local copy of what the hub has: a file, a folder, or FOLDER:CONFIGURATION. docs/evaluation.md says
+what each number means, and where it differs from the paper's. Columns were taken from the data cards and from the
+loaders of lmms-eval and VLMEvalKit (read in November 2026, not loaded): where one has changed, an error says what was
+looked for.
 """
 
 import ast
@@ -52,6 +53,7 @@ MORE = {
     "dynamath": "id answer_type",
     "wemath": "ID",
     "tallyqa": "qa",
+    "olympiadbench": "is_multiple_answer",
 }
 ABBREVIATIONS = {
     "IMAGES": "image_1 image_2 image_3 image_4 image_5 image_6 image_7",
@@ -82,7 +84,9 @@ IN_THE_IMAGE = "Answer the question in the image."
 
 def convert(theirs: dict, b: Benchmark, folder: str) -> list[dict]:
     """Our rows of one of theirs; most become one. folder: where paths of images begin, or a hub name."""
-    problem = theirs[b.problem] if b.problem else IN_THE_IMAGE
+    problem = theirs.get(b.problem) or ""
+    if not re.sub(common.MARK, "", problem).strip():
+        problem += IN_THE_IMAGE
     if b.options:
         problem += lettered(theirs[b.options])
     images = [image_of(x, folder) for x in cells_of(theirs, b.images)]
@@ -115,7 +119,7 @@ def lettered(options) -> str:
         options = ast.literal_eval(options)
     if isinstance(options, str):
         options = [
-            re.sub(r"^\s*[A-J][.:]\s*", "", x) for x in re.split(r";(?=\s*[A-J][.:])", options)
+            re.sub(r"^\s*[A-J][.:]\s*", "", x) for x in re.split(r"[;；](?=\s*[A-J][.:])", options)
         ]
     letters = "ABCDEFGHIJ"
     # options in the picture are named by their letters alone
@@ -191,12 +195,11 @@ def wemath(theirs, ours):
 def vilp(theirs, ours):
     """One question, three images: the first has the answer that the text suggests."""
     rows = []
-    for image, answer, category in zip("123", ours["answer"], ("prior", "score/2", "score/3")):
-        shown = [ours["images"][int(image) - 1]]
-        problem = f"Please answer with one word: {theirs['question']}"
-        rows.append(
-            ours | {"problem": problem, "images": shown, "answer": [answer], "category": category}
-        )
+    problem = f"Please answer with one word: {theirs['question']}"
+    for i, category in enumerate(("prior", "score", "score")):
+        # where one of them is empty, the third is not there
+        part = {"images": [ours["images"][i]], "answer": [ours["answer"][i]], "category": category}
+        rows.append(ours | {"problem": problem} | part)
     return rows
 
 
@@ -210,8 +213,11 @@ def tallyqa(theirs, ours):
 
 
 def together(theirs, ours):
-    """Several answers are one answer of several parts."""
-    ours["answer"] = [", ".join(ours["answer"])]
+    """Several answers are one answer of several parts; "or" between them leaves their order open."""
+    text = ", ".join(ours["answer"])
+    if theirs["is_multiple_answer"]:  # commas, but those in brackets
+        text = re.sub(r", *(?![^(\[{]*[)\]}])", " or ", text)
+    ours["answer"] = [text]
     return [ours]
 
 
@@ -238,7 +244,7 @@ def find(name: str) -> tuple[Benchmark, str]:
             f"there is no benchmark {name!r}; near it: {', '.join(near)}. A set of your own is a file, a folder or a "
             "hub name with a slash (./NAME)"
         )
-    if path and not Path(path).exists():
+    if path and not Path(path.split(":")[0]).exists():
         raise common.UserError(f"there is no {path}, which was to hold {name}")
     return known[name], path or known[name].source
 
@@ -291,7 +297,7 @@ def write(name: str, file: Path):
         for n, theirs in enumerate(data):
             try:
                 yield from convert(theirs, b, folder)
-            except (ValueError, KeyError, IndexError, TypeError, OSError) as e:
+            except (ValueError, KeyError, IndexError, TypeError, SyntaxError, OSError) as e:
                 raise common.UserError(
                     f"row {n} of the benchmark {b.name} ({place_of}) is not as its line in tools/benchmarks.py says: "
                     f"{e!r:.200}"

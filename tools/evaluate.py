@@ -140,7 +140,8 @@ def load_set(name: str, args: Args, processor, context: Callable, folder: Path):
     if not own:
         label = benchmarks.find(name)[0].name
         data = str(folder / f"{label}.parquet")
-        if common.rank() == 0 and not Path(data).exists():
+        # of an evaluation that has begun they are known to be the same
+        if common.rank() == 0 and not (folder.parent / "args.json").exists():
             benchmarks.write(name, Path(data))
         common.all_gather_object("written")
     asked = common.Args(data=data, data_split=args.split, max_prompt=args.max_prompt)

@@ -71,16 +71,20 @@ seventeen eighteen nineteen twenty""".split()
 
 def word_is_same(response, extracted, record) -> bool:
     """One word, numbers as words or digits, singular or plural."""
+    ours = word(extracted or "")
     golds = [word(answer) for answer in common.all_answers(record["answer"])]
-    return extracted is not None and word(extracted) in golds
+    return any(ours in plurals(gold) or gold in plurals(ours) for gold in golds)
 
 
 def word(text):
-    """ "The Cubes." -> "cube", "Seven" -> "7", "boxes" -> "box"."""
+    """ "The Cubes." -> "cubes", "Seven" -> "7"."""
     text = common.plain(text).lower()
-    if text in NUMBERS:
-        return str(NUMBERS.index(text))
-    return re.sub(r"(?<=[sxz])es$|(?<=ch|sh)es$|(?<!s)s$", "", text)
+    return str(NUMBERS.index(text)) if text in NUMBERS else text
+
+
+def plurals(text):
+    """A word, and what its plural may be: the rules of several words differ ("houses", "buses")."""
+    return text, f"{text}s", f"{text}es", re.sub("y$", "ies", text)
 
 
 def anls(response, extracted, record) -> float:
