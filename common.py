@@ -254,8 +254,8 @@ def launch(main):
         main()
     except KeyboardInterrupt:
         raise UserError(
-            "interrupted. The same command with the same --output goes on from the last checkpoint of --save-every, "
-            "or begins anew where there is none"
+            "interrupted. The same command with the same --output goes on from what is saved there, a run from the "
+            "last checkpoint of --save-every; or it begins anew where nothing is"
         )
     except OSError as e:  # a disk that is full, a folder that may not be written to
         raise UserError(f"{e}. Saved checkpoints are whole: with them the same command goes on")

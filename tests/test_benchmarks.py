@@ -1,6 +1,7 @@
 """Every line of tools/benchmarks.csv, on rows in the published schema: questions, images, verdicts, group metrics."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import datasets
 import huggingface_hub
 import pytest
 from benchmark_rows import DIFFERENCES, SETS, png, shown
-from conftest import run_script
+from conftest import ROOT, run_script
 
 NAMES = list(benchmarks.benchmarks())
 
@@ -466,3 +467,14 @@ def test_the_command(local, evaluated, tmp_path, monkeypatch, capsys):
     benchmarks.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == NAMES
+
+
+def test_the_document_has_every_benchmark_and_protocol():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    listed = set(re.findall(r"[\w.-]+", " ".join(first)))
+    names = {name for name in benchmarks.benchmarks() if not name.startswith("zli-")}
+    assert names <= listed, names - listed
+    assert set(evaluate.PROTOCOLS) <= listed
+    for name in evaluate.PROTOCOLS:
+        assert name == "greedy" or benchmarks.of_protocol(name)
