@@ -406,11 +406,13 @@ def test_a_local_copy_that_is_not_there():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_network(name, monkeypatch, tmp_path):
+def test_no_network(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    told, b = said(benchmarks.load, name), benchmarks.benchmarks()[name]
-    assert f"The benchmark {name} is the hub's {b.source}, split {b.split}." in told
-    assert f"take a local copy of it, a file or a folder: {name}=PATH" in told
+    b = benchmarks.benchmarks()[name]
+    assert b.source in said(benchmarks.load, name)
+    told = capsys.readouterr().out
+    assert f"{name} is {b.source} on the hub, split {b.split}" in told
+    assert f"{name}=PATH takes a local copy, a file or a folder" in told
 
 
 def test_copies_in_the_layout_of_the_hub(tmp_path):
