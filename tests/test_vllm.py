@@ -188,3 +188,20 @@ def test_two_ranks_train_with_it(tiny, tmp_path, name):
     # An untrained student gives the banned placeholders a hundredth of its mass, which the sampler lacks.
     gaps = [line["sampler_gap"] for line in steps[1:]]
     assert all(0.005 < gap < 0.02 for gap in gaps), gaps
+
+
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_evaluation_is_transformers_own(tmp_path, ranks):
+    """Greedy answers of both engines; a near tie may be rounded the other way."""
+    words = "--model toy/student --prompt vgs --sets toy/test --rows 24 --max-response 48 --dtype float32"
+    words += " --max-prompt 512 --vllm-memory 0.1"
+    said = []
+    for engine in ("hf", "vllm"):
+        argv = [*words.split(), "--engine", engine, "--output", str(tmp_path / engine)]
+        ranked = {"torchrun": ranks} if ranks and engine == "vllm" else {}
+        result = run_script("-m", "tools.evaluate", *argv, env=ENVIRONMENT, **ranked)
+        assert result.returncode == 0, result.stderr
+        lines = (tmp_path / engine / "answers.jsonl").read_text().splitlines()
+        said.append([(line["row"], line["response"]) for line in map(json.loads, lines)])
+    assert len(said[0]) == len(said[1]) == 24
+    assert len(set(said[0]) & set(said[1])) >= 22
