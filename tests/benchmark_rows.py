@@ -234,6 +234,14 @@ SETS["mathverse"] = Published(
     },
 )
 
+# without free answers
+SETS["mathverse-choice"] = Published(
+    rows=SETS["mathverse"].rows,
+    asked=SETS["mathverse"].asked[:2],
+    answers=SETS["mathverse"].answers[:2],
+    verdicts={row: SETS["mathverse"].verdicts[row] for row in (0, 1)},
+)
+
 
 def mathvision(question, options, answer, width):
     return {
@@ -668,6 +676,19 @@ DIFFERENCES += [
     ("wemath", 0, "B or C", False, "official: the first character; ours: two are none"),
 ]
 
+HOW_MANY = "How many different items are there in the image?"
+SETS["counting"] = Published(
+    rows=[
+        {"images": [shown(32)], "problem": HOW_MANY, "answer": "3"},
+        {"images": [shown(48)], "problem": f"<image>{HOW_MANY}", "answer": "10"},
+    ],
+    asked=[(f"<image>{HOW_MANY}", "32"), (f"<image>{HOW_MANY}", "48")],
+    answers=["3", "10"],
+    verdicts={
+        0: ("3; $3$; 3.; **3**", "4; 13; 30; 2 or 3; C; -3"),
+        1: ("10; 10 items", "1; 0; 11; 9, 10"),
+    },
+)
 FLAT = "As shown, angle A is ( )\nA. 30 B. 45 C. 60 D. 90"
 SETS["geo3k"] = Published(
     rows=[

@@ -85,6 +85,20 @@ def test_rows_of_every_benchmark():
     assert set(SETS) == set(NAMES)
 
 
+def test_the_sets_of_a_paper_s_table():
+    """Table 1 of each; MathVerse's versions and MathVista's kinds are categories."""
+    tables = {
+        "vgs": "mmmu-pro-4 logicvista mathverse visualpuzzles mathvision vlmsareblind",
+        "vold": "mmmu-pro-vision mmstar mathvision mathvista mathverse dynamath wemath logicvista",
+        "ptdpo": "mmk12 geo3k mathverse-choice mathvista wemath mmmu-pro-vision counting logicvista",
+        "reopold-math": "aime24 aime25 amc23 math-500 minerva olympiadbench",
+        "reopold-visual": "geo3k mathverse mathvision mathvista wemath hallusionbench",
+        "reopold-agentic": "v-star infovqa tallyqa",
+    }
+    for name, table in tables.items():
+        assert set(benchmarks.of_protocol(name)) == set(table.split()), name
+
+
 # =============================================================================================== questions and images
 @pytest.mark.parametrize("name", NAMES)
 def test_questions_and_images(name, answers, evaluated):
@@ -109,6 +123,7 @@ CATEGORIES = {
     "mmmu-pro-10": "Art",
     "mmmu-pro-vision": "Math",
     "mathverse": "Text Dominant",
+    "mathverse-choice": "Text Dominant",
     "mathvision": "metric geometry - length",
     "mathvision-mini": "metric geometry - length",
     "mathvista": "multi_choice",

@@ -213,8 +213,9 @@ def test_a_prompt_of_ones_own_and_rounds_of_tools(tiny, tmp_path):
     )
     passed(tmp_path / "tools", prompt="reopold-tools", calls=2, **changes)
     assert "crop_image" in answers(tmp_path / "tools")[0]["prompt"]
-    file.write_text("no place for it")
-    refused(tmp_path / "no", "no {problem} in it", prompt=file, **changes)
+    for text in ("no place for it", "{problem} Again: {problem}", "<image>\n{problem}"):
+        file.write_text(text)
+        refused(tmp_path / "no", "{problem} in it once, and no <image>", prompt=file, **changes)
     refused(tmp_path / "no", "is no prompt", "vigos", prompt="vgz", **changes)
     refused(tmp_path / "no", "go together", prompt="vgs", calls=2, **changes)
 
@@ -251,7 +252,8 @@ def test_bad_input_is_refused_by_name(tiny, tmp_path):
     refused(output, "there is no /nowhere", sets=["mathverse=/nowhere"], **known)
     refused(output, f"has {mine} twice", sets=[mine, mine], **known)
     refused(output, "give --model, --prompt and --sets", sets=None, **known)
-    refused(output, "needs more --samples", sets=[mine], k=[4], samples=2, **known)
+    for k in (0, 3):
+        refused(output, f"--k {k}", sets=[mine], k=[1, k], samples=2, **known)
     refused(output, "nothing is to be answered", sets=[mine], greedy=False, **known)
     refused(output, "--samples is -1", sets=[mine], samples=-1, **known)
     refused(
@@ -262,7 +264,10 @@ def test_bad_input_is_refused_by_name(tiny, tmp_path):
         column_answer="reply",
         **known,
     )
+    refused(output, "has no column 'picture'", sets=[mine], column_images="picture", **known)
     rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"problem": "1 + 1 = ?", "answer": "2", "image": "a.png"}\n')
+    refused(output, "--column-images image", sets=[str(rows)], **known)
     rows.write_text('{"problem": "1 + 1 = ?", "answer": ""}\n')
     refused(output, "1 of 1 rows", "there is no answer", sets=[str(rows)], **known)
     result = run_here("tools.evaluate.py", "--rescore", str(tmp_path / "nothing"))
@@ -280,6 +285,17 @@ def test_a_model_without_a_chat_template_is_refused(tiny, tmp_path):
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     sets = [str(tiny / "rows.parquet")]
     refused(tmp_path / "no", "has no chat template", model=model, prompt="vgs", sets=sets)
+
+
+def test_an_output_of_another_prompt_is_refused(tiny, tmp_path):
+    """The file has the same name."""
+    file = tmp_path / "prompt.txt"
+    file.write_text("{problem}")
+    sets = [str(tiny / "rows.parquet")]
+    changes = dict(model=tiny / "student", prompt=file, sets=sets, rows=2, max_response=4)
+    passed(tmp_path / "out", **changes)
+    file.write_text("Look closely. {problem}")
+    refused(tmp_path / "out", "first question", **changes)
 
 
 def test_an_output_of_other_settings_rows_or_weights_is_refused(tiny, tmp_path):

@@ -6,6 +6,7 @@ import math
 import random
 import time
 
+import common
 from tools import scores
 
 import numpy as np
@@ -19,6 +20,7 @@ def record(right, row=0, sample=None, **more):
         "sample": sample,
         "right": right,
         "extracted": "1" if right else "2",
+        "finished": True,
     }
     return kept | more
 
@@ -100,6 +102,24 @@ def test_greedy_and_sampled_are_kept_apart():
     assert found["acc@1"][0] == 50 and found["acc@1 sampled"][0] == 0
 
 
+@pytest.mark.parametrize("k", [0, -1, 3])
+def test_a_k_of_which_there_are_no_samples(k):
+    with pytest.raises(common.UserError, match=f"--k {k}"):
+        scores.metrics(drawn(True, False) + drawn(False, False, row=1), [1, k])
+
+
+def test_questions_of_several_numbers_of_samples_are_refused():
+    """As where a line of answers.jsonl is lost, or only some of a set have been judged."""
+    with pytest.raises(common.UserError, match="1 to 3 samples"):
+        scores.metrics(drawn(True, True, True) + drawn(False, row=1), [])
+
+
+def test_the_share_of_finished_answers():
+    answers = [record(True), record(False, 1) | {"finished": False}]
+    assert scores.metrics(answers, [])["finished"] == 50
+    assert "50.0 % finished" in scores.table(scores.results(answers, []))
+
+
 # ------------------------------------------------------------------------------------------------ groups
 def test_group_accuracies_by_hand():
     """Three questions of two figures; every sample by itself, then the mean."""
@@ -138,6 +158,11 @@ def test_mastery(steps, whole, strict, loose):
     answers = [record(bool(x), i, category=f"{kind}_{i + 1}") for i, x in enumerate(steps)]
     answers.append(record(bool(whole), 9, category=f"{kind}_multi"))
     assert scores.mastery(answers, all) == strict and scores.mastery(answers, any) == loose
+    answers = [answer | {"groups": ["strict 1", "loose 1"]} for answer in answers]
+    found = scores.results(answers, [])["s"]
+    assert found["metrics"]["strict"][0] == 100 * strict
+    # a category has one step of a problem: no score of it
+    assert all(list(part["metrics"]) == ["acc@1"] for part in found["categories"].values())
 
 
 def test_balanced_is_the_mean_of_means():
@@ -155,6 +180,17 @@ def test_categories_and_a_set_for_a_judge():
     shown = scores.table(found)
     assert "acc@1 33.3 ± 33.3" in shown and "written out for a judge" in shown
     json.dumps(found, allow_nan=False)
+
+
+def test_a_judge_s_verdicts_are_kept():
+    answers = [record(None, row, rule="judge", response="?", problem="?") for row in range(2)]
+    for answer in answers:
+        answer |= scores.judge(answer)
+    assert scores.results(answers, [])["s"]["metrics"] == {}
+    for answer, share in zip(answers, (0.4, True)):
+        answer["right"] = share
+        answer |= scores.judge(answer)
+    assert scores.results(answers, [])["s"]["metrics"]["acc@1"][0] == 70
 
 
 # ------------------------------------------------------------------------------------------------ rules

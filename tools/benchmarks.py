@@ -48,6 +48,7 @@ class Benchmark:
 TABLE = Path(__file__).with_suffix(".csv")
 # what the functions of CHANGES read besides
 MORE = {
+    "mathverse-choice": "question_type",
     "mathvista": "choices answer_type precision",
     "hallusionbench": "set_id figure_id question_id",
     "dynamath": "id answer_type",
@@ -154,6 +155,11 @@ def image_of(cell, folder: str) -> dict:
     return {"bytes": Path(file).read_bytes(), "path": path}
 
 
+def choices_alone(theirs, ours):
+    """Without free answers, which need a judge."""
+    return [ours] if theirs["question_type"] == "multi-choice" else []
+
+
 def mathvista(theirs, ours):
     """The letter of the right choice; a number to its precision."""
     choices = theirs["choices"]
@@ -222,6 +228,7 @@ def together(theirs, ours):
 
 
 CHANGES = {
+    "mathverse-choice": choices_alone,
     "mathvista": mathvista,
     "visualpuzzles": visualpuzzles,
     "hallusionbench": hallusionbench,

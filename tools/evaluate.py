@@ -40,7 +40,7 @@ SAMPLED = {"greedy": False}
 PROTOCOLS = {
     "greedy": {},
     "vgs": dict(prompt="vgs", samples=16, max_response=2048),
-    "vold": dict(prompt="vold"),
+    "vold": dict(prompt="vold", max_response=8192),
     "ptdpo": SAMPLED | dict(prompt="ptdpo", samples=8),
     "vigos": SAMPLED | dict(prompt="vigos", samples=5, top_p=0.9, top_k=20, seed=42),
     "reopold-math": SAMPLED
@@ -66,7 +66,7 @@ RANGES = {"samples": (0, 10000), "calls": (0, 100)}
 class Args:
     protocol: str = ""  # a row of PROTOCOLS; flags override it
     model: str = ""  # checkpoint: a folder, a hub name, or toy/student
-    prompt: str = ""  # a name of PROMPTS, or a text file with {problem} in it
+    prompt: str = ""  # a name of PROMPTS, or a text file: the user's turn, with {problem} in it
     # benchmarks, NAME=PATH, or rows in our columns; empty: the protocol's benchmarks
     sets: list[str] = field(default_factory=list)
     split: str = "test"  # which split of rows in our columns
@@ -99,7 +99,8 @@ class Args:
     rescore: str = ""  # folder whose answers.jsonl is judged anew; nothing else is done
 
     # what engine and folder read besides
-    prompts, updates, replicas, eval_max_prompt = 0, 1, 1, 0
+    prompts = eval_max_prompt = 0
+    updates = replicas = 1
 
     @property
     def preset(self):
@@ -117,9 +118,9 @@ def prompt_of(name: str) -> Callable:
         raise common.UserError(
             f"--prompt {name!r} is no prompt ({e}): give one of {', '.join(PROMPTS)}, or a text file with {{problem}}"
         )
-    if "{problem}" not in text:
+    if text.count("{problem}") != 1 or "<image" in text:
         raise common.UserError(
-            f"the prompt {name} has no {{problem}} in it, where the question goes"
+            "the file of --prompt has to have {problem} in it once, and no <image>: the question says where they are"
         )
 
     def question(row):
@@ -145,15 +146,17 @@ def load_set(name: str, args: Args, processor, context: Callable, folder: Path):
             benchmarks.write(name, Path(data))
         common.all_gather_object("written")
     asked = common.Args(data=data, data_split=args.split, max_prompt=args.max_prompt)
-    for column in OURS.split():
-        setattr(asked, f"column_{column}", column)
-    if own:
-        for column in ("problem", "images", "answer"):
-            setattr(asked, f"column_{column}", getattr(args, f"column_{column}"))
-        asked.image_root = args.image_root
+    asked.image_root = args.image_root
+    given = vars(args) if own else {}
+    for column in f"problem answer {OURS}".split():
+        key = "column_" + column
+        setattr(asked, key, given.get(key, column))
     there = common.load_data(data, args.split).column_names
-    names = [x for x in OURS.split() if getattr(asked, f"column_{x}") in there]
+    # one that is named has to be there
+    names = [x for x in OURS.split() if x in there or getattr(asked, f"column_{x}") != x]
     if "images" not in names:
+        if "image" in there:
+            raise common.UserError("a set has a column 'image': give --column-images image")
         common.say(f"{name} has no column {asked.column_images!r}: its questions are text alone")
     wanted = " ".join(["problem answer", *names])
     rows = common.load_rows(asked, processor, {"": context}, wanted, args.rows, optional=OURS)
@@ -180,9 +183,8 @@ def jobs_of(sets: dict, args: Args, folder: Path) -> list[Job]:
         size = max(1, args.rollout_batch // max(1, n))
         for number, (name, rows) in enumerate(sets.items()):
             for start in range(0, len(rows), size):
-                stop = min(start + size, len(rows))
                 file = folder / f"{number:03}-{n}-{start:07}.jsonl"
-                jobs.append(Job(name, rows, start, stop, n, file))
+                jobs.append(Job(name, rows, start, min(start + size, len(rows)), n, file))
     return jobs
 
 
@@ -203,8 +205,7 @@ def answer(job: Job, engine, context: Callable, args: Args):
             "response": s.response.text,
             "finished": s.response.finished,
         }
-        kept = {key: s.row[key] for key in s.row if key not in ("images", "index", "draw")}
-        record |= kept
+        record |= {key: s.row[key] for key in s.row if key not in ("images", "index")}
         lines.append(json.dumps(record | scores.judge(record), ensure_ascii=False))
     common.replace_text(job.file, "".join(f"{line}\n" for line in lines))
 
@@ -251,12 +252,12 @@ def rescore(folder: Path, ks: list[int]):
 # =============================================================================================== main
 def check(args: Args):
     """Refuse what nothing could be made of."""
-    if not (args.model and args.sets and args.prompt):
+    if not (args.model and args.sets and args.prompt and args.greedy + args.samples):
         raise common.UserError(
-            "give --model, --prompt and --sets, or a --protocol that has the last two"
+            "give --model, --prompt and --sets, or a --protocol that has the last two; and without --greedy or "
+            "--samples nothing is to be answered"
         )
-    if max([1, *args.k]) > args.samples + args.greedy:
-        raise common.UserError(f"nothing is to be answered, or --k {args.k} needs more --samples")
+    scores.check_ks(args.k, args.samples)
     if bool(args.calls) != (args.prompt == "reopold-tools"):
         raise common.UserError("--calls N and --prompt reopold-tools go together")
 
@@ -271,14 +272,16 @@ def load_sets(args: Args, processor, context: Callable, folder: Path) -> dict:
     return sets
 
 
-def begin(run: common.Run, sets: dict):
-    """Stop where the folder holds answers of other rows, weights or batches; else note them there."""
-    weights = []
-    folder = Path(common.locate(run.args.model))
-    if folder.is_dir():
-        weights = sorted(f"{x.name} {x.stat().st_mtime_ns}" for x in folder.glob("*.safetensors"))
-    rows = common.seed_of(*map(common.texts_of, sets.values()))
-    run.settings |= {"rows of sets": rows, "weights": weights, "batch": run.args.rollout_batch}
+def begin(run: common.Run, sets: dict, context: Callable):
+    """Stop where the folder holds answers of other rows, prompts, weights or batches; else note them there."""
+    files = Path(common.locate(run.args.model)).glob("*.safetensors")
+    first, *_ = sets.values()
+    run.settings |= {
+        "rows of sets": common.seed_of(*map(common.texts_of, sets.values())),
+        "first question": context(first[0]).messages,
+        "weights": sorted(f"{x.name} {x.stat().st_mtime_ns}" for x in files),
+        "batch": run.args.rollout_batch,
+    }
     if common.rank() == 0:
         run.check_same()
         common.replace_text(run.path / "args.json", json.dumps(run.settings, indent=2))
@@ -297,7 +300,7 @@ def main():
     if not processor.tokenizer.chat_template:
         raise common.UserError(f"the model {args.model!r} has no chat template to ask it with")
     sets = load_sets(args, processor, context, run.path / "sets")
-    begin(run, sets)
+    begin(run, sets, context)
     jobs = jobs_of(sets, args, run.path / "answers")
     done = (run.path / "answers.jsonl").exists()
     pending = [job for job in jobs if not done and not job.file.exists()]

@@ -14,6 +14,8 @@ answers a question, c of them right:
                     are right and the whole is not
     balanced        mean over categories ("2D/COCO": over COCO and its neighbours, then over 2D and its neighbours)
 
+    finished        share of the answers that ended by themselves; the others count as wrong
+
 With n samples a group's number is its mean over the first, the second, ... sample of each question, named qAcc@n.
 """
 
@@ -117,7 +119,8 @@ RULES = {
     "word": word_is_same,
     "counts": counts_are_same,
     "anls": anls,
-    "judge": lambda *_: None,
+    # what a person or a model has written into answers.jsonl, if any
+    "judge": lambda response, extracted, record: record.get("right"),
 }
 
 
@@ -144,6 +147,12 @@ def majority(answers: list[dict]) -> float:
     most = max(votes.values(), default=0)
     first = [x for x in votes if votes[x] == most]
     return float(RIGHT in first) / len(first) if first else 0.0
+
+
+def check_ks(ks: list[int], n: int):
+    for k in ks:
+        if not 1 <= k <= n:
+            raise common.UserError(f"--k {k}: of {n} samples a question k may be 1 to {n}")
 
 
 def vote(answers: list[dict], k: int) -> float:
@@ -179,6 +188,7 @@ def mastery(answers: list[dict], enough) -> float:
     return 0.5 if all(steps) else 0.0  # inadequate generalisation, or insufficient knowledge
 
 
+MASTERY = re.compile("strict|loose")
 REDUCE = {
     "qAcc": all_right,
     "fAcc": all_right,
@@ -233,7 +243,11 @@ def of_greedy(answers: list[dict]) -> dict:
 def of_samples(answers: list[dict], ks: list[int]) -> dict:
     """acc@n, pass@k, maj@k, and the group metrics."""
     questions = by(answers, "row").values()
-    n = len(answers) // len(questions)
+    n = max(map(len, questions))
+    least = min(map(len, questions))
+    if least < n:
+        raise common.UserError(f"questions have {least} to {n} samples, and not the same number")
+    check_ks(ks, n)
     right = [sum(a["right"] for a in of_one) for of_one in questions]
     found = {f"acc@{n}": mean(c / n for c in right)}
     if all(c == int(c) for c in right):  # no shares, as anls gives
@@ -256,7 +270,8 @@ def metrics(records: list[dict], ks: list[int]) -> dict:
         more = of_samples(drawn, ks)
         # n = 1: not the greedy one
         found |= {name.replace("acc@1", "acc@1 sampled"): pair for name, pair in more.items()}
-    return {"questions": len(by(records, "row")), "metrics": found}
+    finished, _ = mean(r["finished"] for r in records)
+    return {"questions": len(by(records, "row")), "finished": finished, "metrics": found}
 
 
 def results(records: list[dict], ks: list[int]) -> dict:
@@ -268,6 +283,11 @@ def results(records: list[dict], ks: list[int]) -> dict:
         if len(categories) < 2:
             continue
         parts = {str(category): metrics(part, ks) for category, part in categories.items()}
+        for part in parts.values():
+            # We-Math's categories are steps: none has all of a problem
+            part["metrics"] = {
+                name: pair for name, pair in part["metrics"].items() if not MASTERY.match(name)
+            }
         whole["categories"] = parts
         for metric in list(whole["metrics"])[:1]:
             means = {category: part["metrics"][metric][0] for category, part in parts.items()}
@@ -285,7 +305,9 @@ def table(found: dict) -> str:
         for label, part in parts.items():
             numbers = [shown(metric, *pair) for metric, pair in part["metrics"].items()]
             judged = ", ".join(numbers) or "written out for a judge"
-            lines.append(f"{label:32.32} {part['questions']:6}  {judged}")
+            lines.append(
+                f"{label:32.32} {part['questions']:6}  {part['finished']:.1f} % finished  {judged}"
+            )
     return "\n".join(lines)
 
 
