@@ -385,6 +385,7 @@ def test_all_columns_that_are_read_are_looked_for(name, tmp_path):
         ("vilp", {"answer2": ""}, "list index out of range"),
         ("vilp", {"image1": None}, "list index out of range"),
         ("mmmu-pro-4", {"options": "['red', 'bl"}, "SyntaxError"),
+        ("mmmu-pro-10", {"options": str(list(range(11)))}, "ValueError"),
         ("v-star", {"image": "../published/secret.png"}, "no file below"),
         ("v-star", {"image": "OCR/0.jpg"}, "no file below"),
     ],

@@ -183,6 +183,20 @@ def test_every_answer_is_written_out_and_can_be_judged_anew(tiny, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ prompts
+def test_columns_that_are_named_as_a_benchmarks_are(tiny, tmp_path):
+    """`rule` and `groups` may be anything in somebody's rows; a category may be a list."""
+    file = tmp_path / "rows.jsonl"
+    row = {"problem": "1 + 1 = ?", "answer": "2", "rule": "mathruler", "groups": "math"}
+    lines = [json.dumps(row | {"category": kind}) for kind in (["a", "b"], ["c"])]
+    file.write_text("\n".join(lines))
+    found = passed(
+        tmp_path / "out", model=tiny / "text-only", prompt="vold", sets=[str(file)], max_response=4
+    )
+    found = found[str(file)]
+    assert list(found["metrics"]) == ["acc@1", "balanced"]
+    assert list(found["categories"]) == ["['a', 'b']", "['c']"]
+
+
 def test_every_method_asks_as_it_trains(tiny, tmp_path):
     """The prompt in answers.jsonl is the method's own context; vigos' with its opening."""
     processor = common.Processor(f"{tiny}/student")

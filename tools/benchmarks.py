@@ -126,7 +126,8 @@ def lettered(options) -> str:
     # options in the picture are named by their letters alone
     if not options or list(options) == list(letters[: len(options)]):
         return ""
-    return "".join(f"\n{letter}. {text}" for letter, text in zip(letters, options))
+    pairs = zip(letters[: len(options)], options, strict=True)
+    return "".join(f"\n{letter}. {text}" for letter, text in pairs)
 
 
 def place(text: str, images: int) -> str:

@@ -137,7 +137,7 @@ OURS = "images category rule tolerance groups"  # columns that a set may have
 def load_set(name: str, args: Args, processor, context: Callable, folder: Path):
     """What a set is called, and its rows, each checked. A benchmark's are written to the folder first."""
     own = Path(name).exists() or "/" in name.partition("=")[0]
-    data, label = name, name
+    data = label = name
     if not own:
         label = benchmarks.find(name)[0].name
         data = str(folder / f"{label}.parquet")
@@ -145,22 +145,27 @@ def load_set(name: str, args: Args, processor, context: Callable, folder: Path):
         if common.rank() == 0 and not (folder.parent / "args.json").exists():
             benchmarks.write(name, Path(data))
         common.all_gather_object("written")
-    asked = common.Args(data=data, data_split=args.split, max_prompt=args.max_prompt)
-    asked.image_root = args.image_root
+    asked = common.Args(
+        data=data,
+        data_split=args.split,
+        max_prompt=args.max_prompt,
+        image_root=args.image_root,
+    )
     given = vars(args) if own else {}
     for column in f"problem answer {OURS}".split():
         key = "column_" + column
         setattr(asked, key, given.get(key, column))
     there = common.load_data(data, args.split).column_names
+    # the last three are tools.benchmarks': in other rows these names may be of anything
+    ours = OURS if "tolerance" in there else "images category"
     # one that is named has to be there
-    names = [x for x in OURS.split() if x in there or getattr(asked, f"column_{x}") != x]
-    if "images" not in names:
+    more = [x for x in ours.split() if x in there or getattr(asked, "column_" + x) != x]
+    if "images" not in more:
         if "image" in there:
             raise common.UserError("a set has a column 'image': give --column-images image")
-        common.say(f"{name} has no column {asked.column_images!r}: its questions are text alone")
-    wanted = " ".join(["problem answer", *names])
-    rows = common.load_rows(asked, processor, {"": context}, wanted, args.rows, optional=OURS)
-    return label, rows
+        common.say(f"{name} has no column 'images': its questions are text alone")
+    names = " ".join(["problem answer", *more])
+    return label, common.load_rows(asked, processor, {"": context}, names, args.rows, OURS)
 
 
 # =============================================================================================== answers
@@ -205,7 +210,8 @@ def answer(job: Job, engine, context: Callable, args: Args):
             "response": s.response.text,
             "finished": s.response.finished,
         }
-        record |= {key: s.row[key] for key in s.row if key not in ("images", "index")}
+        record = record | s.row | record
+        del record["index"]
         lines.append(json.dumps(record | scores.judge(record), ensure_ascii=False))
     common.replace_text(job.file, "".join(f"{line}\n" for line in lines))
 

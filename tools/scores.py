@@ -199,10 +199,10 @@ REDUCE = {
 
 
 def by(records: list[dict], key: str) -> dict:
-    """Value of a key -> records, in their order."""
+    """Value of a key, as a text -> records, in their order."""
     found = defaultdict(list)
     for record in records:
-        found[record.get(key)].append(record)
+        found[str(record.get(key))].append(record)
     return found
 
 
@@ -282,7 +282,7 @@ def results(records: list[dict], ks: list[int]) -> dict:
         categories = by(of_set, "category")
         if len(categories) < 2:
             continue
-        parts = {str(category): metrics(part, ks) for category, part in categories.items()}
+        parts = {category: metrics(part, ks) for category, part in categories.items()}
         for part in parts.values():
             # We-Math's categories are steps: none has all of a problem
             part["metrics"] = {
