@@ -71,12 +71,12 @@ class UserError(SystemExit):
     """
 
     def __init__(self, message: str):
-        super().__init__(f"\nerror: {printable(message)}" if is_first_error() else 1)
+        super().__init__(f"\nerror: {printable(message[:5000])}" if is_first_error() else 1)
 
 
 def printable(text):
-    """Without what would steer a terminal, and not endless: names and messages in it are anybody's."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text[:5000])
+    """Without what would steer a terminal: names and messages in it are anybody's."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def is_first_error():
@@ -772,7 +772,7 @@ def load_pretrained(name, auto, **settings):
         # transformers, its checks of a config, and each tokenizer have errors of their own
         raise UserError(
             f"checkpoint {name!r} cannot be read ({e!r:.300}). Name a folder or a hub model that has config, weights, "
-            "tokenizer and image processor, and needs no code of its own, with --student or --teacher"
+            "tokenizer and image processor, and needs no code of its own, with --student and --teacher, or --model"
         )
 
 

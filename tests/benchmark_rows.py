@@ -234,13 +234,23 @@ SETS["mathverse"] = Published(
     },
 )
 
-# without free answers
-SETS["mathverse-choice"] = Published(
-    rows=SETS["mathverse"].rows,
-    asked=SETS["mathverse"].asked[:2],
-    answers=SETS["mathverse"].answers[:2],
-    verdicts={row: SETS["mathverse"].verdicts[row] for row in (0, 1)},
-)
+
+def part(name: str, taken: list[int], rows: list[dict]) -> Published:
+    """The same rows and some more, of which those are taken that were these."""
+    whole = SETS[name]
+    return Published(
+        rows=whole.rows + rows,
+        asked=[whole.asked[i] for i in taken],
+        answers=[whole.answers[i] for i in taken],
+        verdicts={n: whole.verdicts[i] for n, i in enumerate(taken)},
+    )
+
+
+DOMINANT = [SETS["mathverse"].rows[0] | {"problem_version": "Vision Dominant"}]
+SETS["mathverse-choice"] = part("mathverse", [0, 1], [])  # without free answers
+SETS["mathverse-vd"] = part("mathverse", [0], DOMINANT)
+SETS["mathverse-vo"] = part("mathverse", [1], DOMINANT)
+SETS["mathverse-v"] = part("mathverse", [1, 0], DOMINANT)
 
 
 def mathvision(question, options, answer, width):
@@ -359,6 +369,7 @@ SETS["mathvista"] = Published(
         4: ("0.21; 0.214; 0.206; 0.210", "0.22; 0.2; 21; 0.216"),
     },
 )
+SETS["mathvista-choice"] = part("mathvista", [0], [])
 DIFFERENCES += [
     ("mathvista", 3, "4.9", False, "official: an integer is cut to 4; ours: numbers are exact"),
     ("mathvista", 2, "[2,8]", True, "official: lists are compared as texts, blanks included"),

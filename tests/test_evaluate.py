@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -10,12 +11,12 @@ import ptdpo
 import reopold
 import vgs
 import vigos
-from tools import evaluate
+from tools import evaluate, protocols, scores
 
 import datasets
 import pytest
 from background import wait_for
-from conftest import accuracy, flags, run_here, run_script
+from conftest import ROOT, accuracy, flags, run_here, run_script
 from PIL import Image
 
 SHORT = dict(max_response=64, dtype="float32", engine="hf")
@@ -202,15 +203,15 @@ def test_every_method_asks_as_it_trains(tiny, tmp_path):
     processor = common.Processor(f"{tiny}/student")
     contexts = {"vgs": vgs.with_image, "ptdpo": ptdpo.question, "vigos": vigos.question}
     for name, context in contexts.items():
-        assert evaluate.PROMPTS[name] is context
-    assert set(evaluate.PROMPTS) == {*contexts, "vold", "reopold", "reopold-tools"}
+        assert protocols.PROMPTS[name] is context
+    assert set(protocols.PROMPTS) == {*contexts, "vold", "reopold", "reopold-tools"}
     sets = [str(tiny / "rows.parquet")]
     changes = dict(model=tiny / "student", sets=sets, rows=2, max_response=4)
     for name in ("vold", "vigos"):
         passed(tmp_path / name, prompt=name, **changes)
         for line in answers(tmp_path / name):
             row = {"problem": line["problem"], "images": [Image.new("RGB", (8, 8))]}
-            assert line["prompt"] == processor.render(evaluate.PROMPTS[name](row))
+            assert line["prompt"] == processor.render(protocols.PROMPTS[name](row))
     assert answers(tmp_path / "vigos")[0]["prompt"].endswith("<description>")
 
 
@@ -243,7 +244,10 @@ def test_text_alone_with_a_model_that_sees(tiny, tmp_path):
     changes = dict(prompt="reopold", sets=[str(file)], max_response=4)
     result = run(tmp_path / "sees", model=tiny / "student", **changes)
     assert result.returncode == 0, result.stderr
-    assert "no column 'images': its questions are text alone" in result.stdout
+    assert (
+        "no column 'images', but ['problem', 'answer']: its questions are text alone"
+        in result.stdout
+    )
     assert [line["images"] for line in answers(tmp_path / "sees")] == [[], []]
     passed(tmp_path / "reads", model=tiny / "text-only", **changes)
     sets = [str(tiny / "rows.parquet")]
@@ -335,6 +339,105 @@ def test_an_output_of_other_settings_rows_or_weights_is_refused(tiny, tmp_path):
     result = run_script("vgs.py", *trained)
     assert result.returncode == 1 and "holds a run with other settings" in result.stderr
     assert (output / "answers.jsonl").read_bytes() == kept
+
+
+def test_a_prompt_or_a_template_that_has_changed_is_refused(tiny, tmp_path):
+    """Half of the answers would be to another question."""
+    file, model, output = tmp_path / "prompt.txt", tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    for one in (tiny / "student").iterdir():
+        (model / one.name).write_bytes(one.read_bytes())
+    sets = [str(tiny / "rows.parquet")]
+    changes = dict(model=model, prompt=file, sets=sets, rows=2, max_response=4)
+    file.write_bytes(b"\xef\xbb\xbfLook closely. {problem}")  # as some editors begin a file
+    passed(output, **changes)
+    assert "\ufeff" not in answers(output)[0]["prompt"]
+    file.write_text("Look away. {problem}")
+    refused(output, "first question", "Look away", **changes)
+    file.write_text("Look closely. {problem}")
+    passed(output, **changes)
+    time.sleep(0.01)
+    os.utime(model / "chat_template.jinja")
+    refused(output, "weights", **changes)
+
+
+def test_a_line_written_by_hand_that_is_none_is_named_and_nothing_is_lost(tiny, tmp_path):
+    output = tmp_path / "out"
+    sets = [str(tiny / "rows.parquet")]
+    passed(output, model=tiny / "student", prompt="vgs", sets=sets, rows=3, max_response=4)
+    file = output / "answers.jsonl"
+    first, second, third = file.read_text().splitlines()
+    incomplete = [dict(json.loads(second)) for _ in range(3)]
+    for record, key in zip(incomplete, ("row", "sample", "finished")):
+        del record[key]
+    for line in (second[:-9], "null", "[]", "", *map(json.dumps, incomplete)):
+        text = f"{first}\n{line}\n{third}\n"
+        file.write_text(text)
+        result = run_here("tools.evaluate.py", "--rescore", str(output))
+        assert result.returncode == 1 and "line 2 of " in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr and file.read_text() == text
+
+
+def a_record(row, sample=None, **more):
+    kept = {"set": "s", "problem": "?", "answer": "1", "finished": True, "extracted": "1"}
+    return kept | {"row": row, "sample": sample, "response": "", "right": True} | more
+
+
+def test_sixteen_samples_are_no_greedy_answer():
+    found = scores.metrics([a_record(0, i) for i in range(16)], [])["metrics"]
+    assert list(found) == ["acc@16", "pass@16", "maj@16"]
+    assert "acc@1 sampled" in scores.metrics([a_record(0, 0)], [])["metrics"]
+
+
+def test_the_table_is_whole_and_tells_sets_apart(tmp_path, capsys):
+    """Two hundred categories, two long paths."""
+    records = [a_record(i, category=f"kind {i}") for i in range(200)]
+    folder = "/home/somebody/a/long/way/down"
+    for name in ("one", "two"):
+        records.append(a_record(0, set=f"{folder}/{name}.parquet", finished=False, extracted=None))
+    evaluate.score(tmp_path, records, [])
+    said = capsys.readouterr().out
+    assert all(f"  kind {i} " in said for i in range(200))
+    assert "/one.parquet " in said and "/two.parquet " in said
+    assert "0.0 % finished" in said
+    assert said.endswith("results.json and answers.jsonl\n")
+
+
+def test_what_is_called_as_a_benchmark_is_one(tmp_path, monkeypatch):
+    """Also where a folder beside it has its name; a path to that has a slash."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mathverse").mkdir()
+    (tmp_path / "mine").mkdir()
+    in_ours = [
+        evaluate.in_our_columns(name, tmp_path, True)
+        for name in ("mathverse", "./mathverse", "mine", "mathverse=mine")
+    ]
+    there = str(tmp_path / "mathverse.parquet")
+    assert in_ours == [
+        ("mathverse", there),
+        ("./mathverse", "./mathverse"),
+        ("mine", "mine"),
+        ("mathverse", there),
+    ]
+
+
+def test_the_copy_for_other_harnesses_has_the_training_prompt(tiny, tmp_path):
+    """docs/evaluation.md: whatever system turn they add, the model is asked as it was trained."""
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    block = block.replace("runs/x/final-vgs", f"{tmp_path}/copy").replace(
+        "runs/x/final", f"{tiny}/student"
+    )
+    exec(block, {})
+    row = {"problem": "How many?", "images": [Image.new("RGB", (8, 8))]}
+    expected = vgs.with_image(row)
+    others = common.Context(
+        [common.message("system", "Be kind."), expected.messages[1]], row["images"]
+    )
+    alone = common.Context(expected.messages[1:], row["images"])
+    trained = common.Processor(f"{tiny}/student").render(expected)
+    copied = common.Processor(f"{tmp_path}/copy")
+    assert copied.render(others) == copied.render(alone) == trained
 
 
 # ------------------------------------------------------------------------------------------------ in training

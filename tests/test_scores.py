@@ -7,7 +7,7 @@ import random
 import time
 
 import common
-from tools import scores
+from tools import rules, scores
 
 import numpy as np
 import pytest
@@ -185,23 +185,23 @@ def test_categories_and_a_set_for_a_judge():
 def test_a_judge_s_verdicts_are_kept():
     answers = [record(None, row, rule="judge", response="?", problem="?") for row in range(2)]
     for answer in answers:
-        answer |= scores.judge(answer)
+        answer |= rules.judge(answer)
     assert scores.results(answers, [])["s"]["metrics"] == {}
     for answer, share in zip(answers, (0.4, True)):
         answer["right"] = share
-        answer |= scores.judge(answer)
+        answer |= rules.judge(answer)
     assert scores.results(answers, [])["s"]["metrics"]["acc@1"][0] == 70
 
 
 # ------------------------------------------------------------------------------------------------ rules
 def verdict(text, answer, rule="answer", **more):
     row = {"problem": "?", "answer": answer, "rule": rule, "tolerance": 0.0}
-    return scores.judge(row | {"response": text, "finished": True} | more)["right"]
+    return rules.judge(row | {"response": text, "finished": True} | more)["right"]
 
 
 def test_an_answer_that_was_cut_off_is_none():
-    for rule in scores.RULES:
-        found = scores.judge(
+    for rule in rules.RULES:
+        found = rules.judge(
             {
                 "problem": "?",
                 "answer": ["3"],
@@ -267,7 +267,7 @@ def test_counts(text, answer, right):
 
 def test_anls_against_the_definition():
     """1 - Levenshtein distance / the longer length, of the nearest; below one half 0."""
-    assert scores.edit_distance("kitten", "sitting") == 3 and scores.edit_distance("", "abc") == 3
+    assert rules.edit_distance("kitten", "sitting") == 3 and rules.edit_distance("", "abc") == 3
     assert verdict("\\boxed{5 Million}", ["5 million", "five"], "anls") == 1
     assert verdict("\\boxed{kitten}", ["sitting"], "anls") == pytest.approx(1 - 3 / 7)
     assert verdict("\\boxed{abcd}", ["abzz"], "anls") == 0.5  # one half counts
@@ -297,6 +297,6 @@ def test_ten_thousand_answers_are_rescored_in_a_minute():
             )
     start = time.process_time()
     for answer in answers:
-        answer |= scores.judge(answer)
+        answer |= rules.judge(answer)
     scores.results(answers, [1, 8])
     assert time.process_time() - start < 60

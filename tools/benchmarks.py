@@ -39,22 +39,34 @@ class Benchmark:
     category: str  # of several columns: a/b
     rule: str  # see tools.scores
     protocols: str  # whose they are, of tools.evaluate
+    where: str  # rows that are taken, COLUMN=VALUE|VALUE; of several conditions all hold
+
+    @property
+    def hub(self) -> str:
+        return self.source.split(":")[0]
 
     def columns(self) -> set[str]:
         names = f"{self.problem} {self.images} {self.options} {self.answer} {self.category}"
-        return set(names.split()) | set(MORE.get(self.name, "").split())
+        return {*names.split(), *MORE.get(self.hub, "").split(), *self.conditions()}
+
+    def conditions(self) -> dict[str, list[str]]:
+        """Column -> the values that it may have."""
+        found = {}
+        for condition in filter(None, self.where.split(";")):
+            column, _, values = condition.partition("=")
+            found[column] = values.split("|")
+        return found
 
 
 TABLE = Path(__file__).with_suffix(".csv")
 # what the functions of CHANGES read besides
 MORE = {
-    "mathverse-choice": "question_type",
-    "mathvista": "choices answer_type precision",
-    "hallusionbench": "set_id figure_id question_id",
-    "dynamath": "id answer_type",
-    "wemath": "ID",
-    "tallyqa": "qa",
-    "olympiadbench": "is_multiple_answer",
+    "AI4Math/MathVista": "choices answer_type precision",
+    "lmms-lab/HallusionBench": "set_id figure_id question_id",
+    "DynaMath/DynaMath_Sample": "id answer_type",
+    "We-Math/We-Math": "ID",
+    "vikhyatk/tallyqa-test": "qa",
+    "math-ai/olympiadbench": "is_multiple_answer",
 }
 ABBREVIATIONS = {
     "IMAGES": "image_1 image_2 image_3 image_4 image_5 image_6 image_7",
@@ -84,7 +96,9 @@ IN_THE_IMAGE = "Answer the question in the image."
 
 
 def convert(theirs: dict, b: Benchmark, folder: str) -> list[dict]:
-    """Our rows of one of theirs; most become one. folder: where paths of images begin, or a hub name."""
+    """Our rows of one of theirs: mostly one. folder: where paths of images begin, or a hub name."""
+    if any(str(theirs[column]) not in values for column, values in b.conditions().items()):
+        return []
     problem = theirs.get(b.problem) or ""
     if not re.sub(common.MARK, "", problem).strip():
         problem += IN_THE_IMAGE
@@ -101,7 +115,7 @@ def convert(theirs: dict, b: Benchmark, folder: str) -> list[dict]:
         "tolerance": 0.0,
         "groups": [],
     }
-    change = CHANGES.get(b.name)
+    change = CHANGES.get(b.hub)
     return change(theirs, ours) if change else [ours]
 
 
@@ -154,11 +168,6 @@ def image_of(cell, folder: str) -> dict:
 
         file = huggingface_hub.hf_hub_download(folder, path, repo_type="dataset")
     return {"bytes": Path(file).read_bytes(), "path": path}
-
-
-def choices_alone(theirs, ours):
-    """Without free answers, which need a judge."""
-    return [ours] if theirs["question_type"] == "multi-choice" else []
 
 
 def mathvista(theirs, ours):
@@ -229,15 +238,14 @@ def together(theirs, ours):
 
 
 CHANGES = {
-    "mathverse-choice": choices_alone,
-    "mathvista": mathvista,
-    "visualpuzzles": visualpuzzles,
-    "hallusionbench": hallusionbench,
-    "dynamath": dynamath,
-    "wemath": wemath,
-    "vilp": vilp,
-    "tallyqa": tallyqa,
-    "olympiadbench": together,
+    "AI4Math/MathVista": mathvista,
+    "neulab/VisualPuzzles": visualpuzzles,
+    "lmms-lab/HallusionBench": hallusionbench,
+    "DynaMath/DynaMath_Sample": dynamath,
+    "We-Math/We-Math": wemath,
+    "ViLP/ViLP": vilp,
+    "vikhyatk/tallyqa-test": tallyqa,
+    "math-ai/olympiadbench": together,
 }
 
 

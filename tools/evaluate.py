@@ -15,7 +15,6 @@ answer: prompt, images, response, extracted answer, verdict) and results.json. S
 number of ranks; ranks take whole batches, so that their number changes no answer.
 """
 
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -25,48 +24,24 @@ from types import SimpleNamespace
 from typing import Literal
 
 import common
-import ptdpo
 import reopold
-import vgs
-import vigos
-import vold
-from tools import benchmarks, scores
+from tools import benchmarks, protocols, rules, scores
 
 from tqdm import tqdm
 
 # =============================================================================================== settings
-# a paper's; benchmarks.csv says which sets it has
-SAMPLED = {"greedy": False}
-PROTOCOLS = {
-    "greedy": {},
-    "vgs": dict(prompt="vgs", samples=16, max_response=2048),
-    "vold": dict(prompt="vold", max_response=8192),
-    "ptdpo": SAMPLED | dict(prompt="ptdpo", samples=8),
-    "vigos": SAMPLED | dict(prompt="vigos", samples=5, top_p=0.9, top_k=20, seed=42),
-    "reopold-math": SAMPLED
-    | dict(prompt="reopold", samples=32, temperature=0.6, top_p=0.95, max_response=32768),
-    "reopold-visual": dict(
-        prompt="reopold", samples=1, temperature=0.6, top_p=0.95, max_response=8192
-    ),
-    "reopold-agentic": SAMPLED
-    | dict(prompt="reopold-tools", calls=5, samples=1, max_response=8192),
-}
-PROMPTS = {
-    "vgs": vgs.with_image,
-    "vold": functools.partial(vold.with_image, args=vold.Args()),
-    "ptdpo": ptdpo.question,
-    "vigos": vigos.question,
-    "reopold": reopold.question,
-    "reopold-tools": reopold.with_tools,
-}
 RANGES = {"samples": (0, 10000), "calls": (0, 100)}
 
 
 @dataclass
 class Args:
-    protocol: str = ""  # a row of PROTOCOLS; flags override it
+    # greedy, vgs, vold, ptdpo, vigos, reopold-math, reopold-visual or reopold-agentic (docs/evaluation.md); flags
+    # override it
+    protocol: str = ""
     model: str = ""  # checkpoint: a folder, a hub name, or toy/student
-    prompt: str = ""  # a name of PROMPTS, or a text file: the user's turn, with {problem} in it
+    # vgs, vold, ptdpo, vigos, reopold or reopold-tools, as they train; or a text file with {problem} in it, and
+    # before a line of --- a system turn
+    prompt: str = ""
     # benchmarks, NAME=PATH, or rows in our columns; empty: the protocol's benchmarks
     sets: list[str] = field(default_factory=list)
     split: str = "test"  # which split of rows in our columns
@@ -108,50 +83,35 @@ class Args:
 
 
 # =============================================================================================== prompts and rows
-def prompt_of(name: str) -> Callable:
-    """fn(row) -> Context, of PROMPTS or of a file."""
-    if name in PROMPTS:
-        return PROMPTS[name]
-    try:
-        text = Path(name).read_text("utf-8")
-    except (OSError, ValueError) as e:
-        raise common.UserError(
-            f"--prompt {name!r} is no prompt ({e}): give one of {', '.join(PROMPTS)}, or a text file with {{problem}}"
-        )
-    if text.count("{problem}") != 1 or "<image" in text:
-        raise common.UserError(
-            "the file of --prompt has to have {problem} in it once, and no <image>: the question says where they are"
-        )
-
-    def question(row):
-        asked = text.replace("{problem}", row["problem"])
-        turn = common.message("user", asked, len(row["images"]))
-        return common.Context([turn], row["images"])
-
-    return question
-
-
 OURS = "images category rule tolerance groups"  # columns that a set may have
+
+
+def in_our_columns(name: str, folder: Path, there: bool) -> tuple[str, str]:
+    """What a set is called, and its rows in our columns; a benchmark's are written to the folder, or are there."""
+    first = name.partition("=")[0]
+    # a path or a hub name; what is called as a benchmark is one
+    if first not in benchmarks.benchmarks() and (Path(name).exists() or "/" in first):
+        return name, name
+    label = benchmarks.find(name)[0].name
+    file = folder / f"{label}.parquet"
+    if common.rank() == 0 and not there:
+        benchmarks.write(name, file)
+    common.all_gather_object("written")
+    return label, str(file)
 
 
 def load_set(name: str, args: Args, processor, context: Callable, folder: Path):
     """What a set is called, and its rows, each checked. A benchmark's are written to the folder first."""
-    own = Path(name).exists() or "/" in name.partition("=")[0]
-    data = label = name
-    if not own:
-        label = benchmarks.find(name)[0].name
-        data = str(folder / f"{label}.parquet")
-        # of an evaluation that has begun they are known to be the same
-        if common.rank() == 0 and not (folder.parent / "args.json").exists():
-            benchmarks.write(name, Path(data))
-        common.all_gather_object("written")
+    # of an evaluation that has begun they are known to be the same
+    begun = (folder.parent / "args.json").exists()
+    label, data = in_our_columns(name, folder, begun)
     asked = common.Args(
         data=data,
         data_split=args.split,
         max_prompt=args.max_prompt,
         image_root=args.image_root,
     )
-    given = vars(args) if own else {}
+    given = vars(args) if data == name else {}
     for column in f"problem answer {OURS}".split():
         key = "column_" + column
         setattr(asked, key, given.get(key, column))
@@ -163,7 +123,7 @@ def load_set(name: str, args: Args, processor, context: Callable, folder: Path):
     if "images" not in more:
         if "image" in there:
             raise common.UserError("a set has a column 'image': give --column-images image")
-        common.say(f"{name} has no column 'images': its questions are text alone")
+        common.say(f"{name} has no column 'images', but {there}: its questions are text alone")
     names = " ".join(["problem answer", *more])
     return label, common.load_rows(asked, processor, {"": context}, names, args.rows, OURS)
 
@@ -201,7 +161,7 @@ def answer(job: Job, engine, context: Callable, args: Args):
     samples = common.sample_responses(engine, rows, {"": context}, asked, greedy)
     lines = []
     for i, s in enumerate(samples):
-        record = {
+        record = s.row | {
             "set": job.name,
             "row": s.row["index"],
             "sample": None if greedy else i % job.samples,
@@ -210,9 +170,8 @@ def answer(job: Job, engine, context: Callable, args: Args):
             "response": s.response.text,
             "finished": s.response.finished,
         }
-        record = record | s.row | record
         del record["index"]
-        lines.append(json.dumps(record | scores.judge(record), ensure_ascii=False))
+        lines.append(json.dumps(record | rules.judge(record), ensure_ascii=False))
     common.replace_text(job.file, "".join(f"{line}\n" for line in lines))
 
 
@@ -231,28 +190,31 @@ def answer_all(pending: list[Job], processor, context: Callable, args: Args):
 # =============================================================================================== results
 def score(folder: Path, records: list[dict], ks: list[int]):
     """Write answers.jsonl and results.json, and print the table."""
+    found = scores.results(records, ks)
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     common.replace_text(folder / "answers.jsonl", "".join(f"{line}\n" for line in lines))
-    found = scores.results(records, ks)
     common.replace_text(folder / "results.json", json.dumps(found, indent=2) + "\n")
     common.say(f"{scores.table(found)}\nwritten to {folder}/results.json and answers.jsonl")
 
 
 def rescore(folder: Path, ks: list[int]):
     """Judge the answers of a finished evaluation anew."""
-    lines = common.whole_lines(folder / "answers.jsonl")
-    if not lines:
-        raise common.UserError(
-            f"{folder}/answers.jsonl is not there: no evaluation has been finished there"
-        )
-    records = [json.loads(line) for line in lines]
-    changed = 0
-    for record in records:
-        verdict = scores.judge(record)
-        changed += verdict["right"] != record["right"]
-        record |= verdict
+    file = folder / "answers.jsonl"
+    if not file.exists():
+        raise common.UserError(f"{file} is not there: no evaluation has been finished there")
+    records, changed = {}, 0
+    for n, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            verdict = rules.judge(record)
+            changed += verdict["right"] != record["right"]
+            records[record["set"], record["row"], record["sample"]] = record | verdict
+        except Exception as e:  # whatever was written there by hand
+            raise common.UserError(
+                f"line {n} of {file} is no answer ({e!r:.200}): mend it, or take it out. Nothing was changed"
+            )
     common.say(f"{changed} of {len(records)} verdicts changed")
-    score(folder, records, ks)
+    score(folder, list(records.values()), ks)
 
 
 # =============================================================================================== main
@@ -280,7 +242,8 @@ def load_sets(args: Args, processor, context: Callable, folder: Path) -> dict:
 
 def begin(run: common.Run, sets: dict, context: Callable):
     """Stop where the folder holds answers of other rows, prompts, weights or batches; else note them there."""
-    files = Path(common.locate(run.args.model)).glob("*.safetensors")
+    # of a hub name there are none; template and config count as weights do
+    files = Path(common.locate(run.args.model)).glob("*.[sj]*")
     first, *_ = sets.values()
     run.settings |= {
         "rows of sets": common.seed_of(*map(common.texts_of, sets.values())),
@@ -295,12 +258,12 @@ def begin(run: common.Run, sets: dict, context: Callable):
 
 
 def main():
-    args = common.parse_args(Args, PROTOCOLS, RANGES, flag="protocol")
+    args = common.parse_args(Args, protocols.PROTOCOLS, RANGES, flag="protocol")
     if args.rescore:
         return rescore(Path(args.rescore), args.k)
     args.sets = args.sets or benchmarks.of_protocol(args.protocol)
     check(args)
-    context = prompt_of(args.prompt)
+    context = protocols.prompt_of(args.prompt)
     run = common.Run("evaluate", args)
     processor = common.Processor(args.model, args)
     if not processor.tokenizer.chat_template:

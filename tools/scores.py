@@ -1,8 +1,7 @@
-"""Verdicts on stored answers, and what benchmarks make of them. No model is needed here.
+"""What benchmarks make of verdicts. No model is needed here.
 
-A record is what tools.evaluate writes of an answer (a line of answers.jsonl); `judge` says whether it is right, and
-`results` turns the records of several sets into numbers, each a mean and its standard error over questions. n sampled
-answers a question, c of them right:
+`results` turns the records of several sets (tools/rules.py) into numbers, each a mean and its standard error over
+questions. n sampled answers a question, c of them right:
 
     acc@1           the greedy answer's accuracy
     acc@n           mean of c / n (the papers' Acc@n and Avg@n)
@@ -14,6 +13,8 @@ answers a question, c of them right:
                     are right and the whole is not
     balanced        mean over categories ("2D/COCO": over COCO and its neighbours, then over 2D and its neighbours)
 
+    mean            over the sets, as most papers' last column: each counts once, its error as independent
+
     finished        share of the answers that ended by themselves; the others count as wrong
 
 With n samples a group's number is its mean over the first, the second, ... sample of each question, named qAcc@n.
@@ -22,106 +23,10 @@ With n samples a group's number is its mean over the first, the second, ... samp
 import math
 import re
 from collections import Counter, defaultdict
-from fractions import Fraction
 
 import common
 
 import numpy as np
-
-
-# =============================================================================================== is it right?
-def judge(record: dict) -> dict:
-    """{"extracted", "right"} of a record; right is a bool, for anls a share, and None where the set needs a judge."""
-    response = common.Response([], record["finished"], record["response"])
-    extracted = common.extract_answer(response.text) if response.finished else None
-    rule = RULES[record.get("rule") or "answer"]
-    return {"extracted": extracted, "right": rule(response, extracted, record)}
-
-
-def answer_is_right(response, extracted, record) -> bool:
-    """The rule of training: docs/answers.md."""
-    return common.is_right(response, record)
-
-
-def number_is_near(response, extracted, record) -> bool:
-    """|x - answer| <= tolerance; what is no number is compared as in training."""
-    ours = number(extracted or "")
-    gold = number(common.all_answers(record["answer"])[0])
-    if ours is None or gold is None:
-        return common.is_right(response, record)
-    # fractions: exact, and the limit itself is within it
-    return abs(ours - gold) <= Fraction(str(record["tolerance"]))
-
-
-def number(text):
-    """Its value, where it is a number, with a unit or not; else None."""
-    value, _ = common.as_quantity(common.plain(text))
-    return value if isinstance(value, Fraction) else None
-
-
-def counts_are_same(response, extracted, record) -> bool:
-    """All whole numbers in order, "rows=5, columns=4" for "5,4"; an answer without any as in training."""
-    gold = re.findall(r"\d+", common.all_answers(record["answer"])[0])
-    if not gold:
-        return common.is_right(response, record)
-    return re.findall(r"\d+", extracted or "") == gold
-
-
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen twenty""".split()
-
-
-def word_is_same(response, extracted, record) -> bool:
-    """One word, numbers as words or digits, singular or plural."""
-    ours = word(extracted or "")
-    golds = [word(answer) for answer in common.all_answers(record["answer"])]
-    return any(ours in plurals(gold) or gold in plurals(ours) for gold in golds)
-
-
-def word(text):
-    """ "The Cubes." -> "cubes", "Seven" -> "7"."""
-    text = common.plain(text).lower()
-    return str(NUMBERS.index(text)) if text in NUMBERS else text
-
-
-def plurals(text):
-    """A word, and what its plural may be: the rules of several words differ ("houses", "buses")."""
-    return text, f"{text}s", f"{text}es", re.sub("y$", "ies", text)
-
-
-def anls(response, extracted, record) -> float:
-    """1 - edit distance / length of the longer, of the nearest answer; 0 below one half."""
-    ours = " ".join((extracted or "").lower().split())
-    likeness = [0.0]
-    for answer in common.all_answers(record["answer"]):
-        gold = " ".join(answer.lower().split())
-        longer = max(len(ours), len(gold), 1)
-        likeness.append(1 - edit_distance(ours, gold) / longer)
-    best = max(likeness)
-    return best if best >= 0.5 else 0.0
-
-
-def edit_distance(one: str, other: str) -> int:
-    """Levenshtein's: insertions, deletions, substitutions."""
-    row = list(range(len(other) + 1))
-    for i, a in enumerate(one, 1):
-        before, row[0] = row[0], i
-        for j, b in enumerate(other, 1):
-            # before: one left and one up
-            best = min(row[j] + 1, row[j - 1] + 1, before + (a != b))
-            before, row[j] = row[j], best
-    return row[-1]
-
-
-RULES = {
-    "answer": answer_is_right,
-    "number": number_is_near,
-    "word": word_is_same,
-    "counts": counts_are_same,
-    "anls": anls,
-    # what a person or a model has written into answers.jsonl, if any
-    "judge": lambda response, extracted, record: record.get("right"),
-}
 
 
 # =============================================================================================== estimators
@@ -268,8 +173,9 @@ def metrics(records: list[dict], ks: list[int]) -> dict:
     found = of_greedy(greedy) if greedy else {}
     if drawn:
         more = of_samples(drawn, ks)
-        # n = 1: not the greedy one
-        found |= {name.replace("acc@1", "acc@1 sampled"): pair for name, pair in more.items()}
+        if "acc@1" in more:  # of one sample: not the greedy one
+            more["acc@1 sampled"] = more.pop("acc@1")
+        found |= more
     finished, _ = mean(r["finished"] for r in records)
     return {"questions": len(by(records, "row")), "finished": finished, "metrics": found}
 
@@ -292,7 +198,26 @@ def results(records: list[dict], ks: list[int]) -> dict:
         for metric in list(whole["metrics"])[:1]:
             means = {category: part["metrics"][metric][0] for category, part in parts.items()}
             whole["metrics"]["balanced"] = [round(balanced(means), 4), None]
-    return found
+    return found | over_sets(found)
+
+
+def over_sets(found: dict) -> dict:
+    """{"mean": ...} of the metrics that all scored sets have, where there are several."""
+    scored = [of_set["metrics"] for of_set in found.values() if of_set["metrics"]]
+    if len(scored) < 2:
+        return {}
+    means = {}
+    for name in scored[0]:
+        values, errors = zip(*(metrics.get(name, [None, None]) for metrics in scored))
+        if None in values:
+            continue
+        error = None
+        if None not in errors:
+            error = round(math.hypot(*errors) / len(scored), 4)
+        means[name] = [round(sum(values) / len(scored), 4), error]
+    questions = sum(of_set["questions"] for of_set in found.values())
+    finished = np.mean([of_set["finished"] for of_set in found.values()])
+    return {"mean": {"questions": questions, "finished": round(finished, 4), "metrics": means}}
 
 
 def table(found: dict) -> str:
@@ -305,12 +230,16 @@ def table(found: dict) -> str:
         for label, part in parts.items():
             numbers = [shown(metric, *pair) for metric, pair in part["metrics"].items()]
             judged = ", ".join(numbers) or "written out for a judge"
-            lines.append(
-                f"{label:32.32} {part['questions']:6}  {part['finished']:.1f} % finished  {judged}"
-            )
+            ended = f"{part['finished']:.1f} % finished"
+            lines.append(f"{short(label):32} {part['questions']:6}  {ended}  {judged}")
     return "\n".join(lines)
 
 
 def shown(metric: str, value: float, error) -> str:
     text = f"{metric} {value:.1f}"
     return text if error is None else f"{text} ± {error:.1f}"
+
+
+def short(label: str) -> str:
+    """At most 32 characters, the end among them, which tells files of one folder apart."""
+    return label if len(label) < 33 else f"{label[:4]}..{label[-26:]}"
