@@ -239,6 +239,40 @@ faults(
     },
 )
 faults("common.py", "test_untrusted.py", {"open_images": "flip 1, not 1"})
+faults("common.py", "test_evaluate.py test_rows.py", {"Run.evaluate": "flip 1, divide 1"})
+faults(
+    "tools/scores.py",
+    "test_scores.py",
+    {
+        "pass_at": "subtract 1, subtract 2, divide 1",
+        "majority": "flip 1, flip 2, divide 1",
+        "vote": "subtract 1",
+        "mean": "multiply 1, divide 1, flip 1",
+        "balanced": "divide 1",
+        "of_samples": "divide 1, flip 1",
+        "over_sets": "divide 1, flip 1",
+    },
+)
+faults(
+    "tools/rules.py",
+    "test_scores.py",
+    {
+        "number_is_near": "subtract 1, flip 3",
+        "counts_are_same": "not 1, flip 1",
+        "anls": "subtract 1, divide 1, flip 1",
+        "edit_distance": "flip 1, add 4",
+    },
+)
+faults(
+    "tools/benchmarks.py",
+    "test_benchmarks.py",
+    {
+        "convert": "not 1",
+        "hallusionbench": "flip 1, flip 2",
+        "mathvista": "flip 1",
+        "dynamath": "flip 1",
+    },
+)
 
 
 def check(table):

@@ -193,6 +193,19 @@ def test_a_judge_s_verdicts_are_kept():
     assert scores.results(answers, [])["s"]["metrics"]["acc@1"][0] == 70
 
 
+def test_the_mean_over_sets():
+    """Of what all have; errors of independent sets; none where there is one set, and none of a set for a judge."""
+    one = {"questions": 10, "finished": 90.0, "metrics": {"acc@1": [50.0, 3.0], "qAcc": [1.0, 1.0]}}
+    other = {"questions": 30, "finished": 100.0, "metrics": {"acc@1": [100.0, 4.0]}}
+    judged = {"questions": 5, "finished": 100.0, "metrics": {}}
+    found = scores.over_sets({"a": one, "b": other, "c": judged})["mean"]
+    assert found["metrics"] == {"acc@1": [75.0, 2.5]} and found["questions"] == 45
+    assert scores.over_sets({"a": one, "c": judged}) == {}
+    single = {"questions": 1, "finished": 100.0, "metrics": {"acc@1": [100.0, None]}}
+    found = scores.over_sets({"a": one, "b": single})["mean"]
+    assert found["metrics"] == {"acc@1": [75.0, None]}
+
+
 # ------------------------------------------------------------------------------------------------ rules
 def verdict(text, answer, rule="answer", **more):
     row = {"problem": "?", "answer": answer, "rule": rule, "tolerance": 0.0}

@@ -254,7 +254,6 @@ def begin(run: common.Run, sets: dict, context: Callable):
     if common.rank() == 0:
         run.check_same()
         common.replace_text(run.path / "args.json", json.dumps(run.settings, indent=2))
-        (run.path / "answers").mkdir(exist_ok=True)
 
 
 def main():
@@ -276,6 +275,7 @@ def main():
     common.all_gather_object("all ranks have seen the same files")
     common.say(f"{len(pending)} of {len(jobs)} batches are to be answered, in {run.path}")
     if pending:
+        (run.path / "answers").mkdir(exist_ok=True)
         answer_all(pending, processor, context, args)
     if common.rank() > 0:
         return

@@ -20,6 +20,7 @@ questions. n sampled answers a question, c of them right:
 With n samples a group's number is its mean over the first, the second, ... sample of each question, named qAcc@n.
 """
 
+import functools
 import math
 import re
 from collections import Counter, defaultdict
@@ -35,6 +36,7 @@ def pass_at(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+are_equal = functools.cache(common.is_correct)  # categories ask it again
 RIGHT = object()  # the answer that is voted for by whoever is right
 
 
@@ -47,7 +49,7 @@ def majority(answers: list[dict]) -> float:
         elif answer["extracted"] is not None:
             form = common.plain(answer["extracted"])
             # equal in value, as 1/2 and 0.5
-            wrong = (x for x in votes if x is not RIGHT and common.is_correct(x, form))
+            wrong = (x for x in votes if x is not RIGHT and are_equal(x, form))
             votes[form if form in votes else next(wrong, form)] += 1
     most = max(votes.values(), default=0)
     first = [x for x in votes if votes[x] == most]
