@@ -83,8 +83,9 @@ def is_first_error():
     """Asked once a rank. torchrun's store is there before the ranks know each other; its restarts count anew."""
     if not dist.is_torchelastic_launched() or os.getppid() == 1:  # torchrun is gone
         return True
+    # while it goes, torch would look for its store for five minutes
     store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=datetime.timedelta(0, 5)
     )
     return store.add(f"errors {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
 

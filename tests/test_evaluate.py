@@ -11,7 +11,7 @@ import ptdpo
 import reopold
 import vgs
 import vigos
-from tools import evaluate, protocols, scores
+from tools import benchmarks, evaluate, protocols, scores
 
 import datasets
 import pytest
@@ -407,6 +407,8 @@ def test_the_table_is_whole_and_tells_sets_apart(tmp_path, capsys):
 def test_what_is_called_as_a_benchmark_is_one(tmp_path, monkeypatch):
     """Also where a folder beside it has its name; a path to that has a slash."""
     monkeypatch.chdir(tmp_path)
+    written = []
+    monkeypatch.setattr(benchmarks, "write", lambda name, file: written.append(name))
     (tmp_path / "mathverse").mkdir()
     (tmp_path / "mine").mkdir()
     in_ours = [
@@ -420,6 +422,10 @@ def test_what_is_called_as_a_benchmark_is_one(tmp_path, monkeypatch):
         ("mine", "mine"),
         ("mathverse", there),
     ]
+    assert written == ["mathverse", "mathverse=mine"]  # for the file is not there
+    (tmp_path / "mathverse.parquet").touch()
+    evaluate.in_our_columns("mathverse", tmp_path, True)
+    assert len(written) == 2
 
 
 def test_the_copy_for_other_harnesses_has_the_training_prompt(tiny, tmp_path):

@@ -8,6 +8,7 @@ import os
 import time
 from signal import SIGHUP, SIGTERM, SIGUSR1
 
+import common
 from tools import toy
 
 import pytest
@@ -376,3 +377,14 @@ def test_stopped_at_random_moments(tiny, tmp_path, start, ranks):
     done(start(*argv, **launched).wait(3600))
     assert steps_of(folder) == list(range(steps + 1))
     same(folder, tmp_path / "whole")
+
+
+def test_ranks_do_not_wait_long_for_a_torchrun_that_was_killed(monkeypatch):
+    """Its store may be gone before it is: torch alone would look for that for five minutes, and hold the folder."""
+    monkeypatch.setattr(common.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    since = time.monotonic()
+    with pytest.raises(RuntimeError, match="timed out"):
+        common.is_first_error()
+    assert time.monotonic() - since < 20

@@ -369,6 +369,7 @@ def test_random_cells_end_in_rows_or_in_a_clear_error(tiny, tmp_path, records):
 NUMBERS = st.sampled_from([-1.0, 0.0, 0.3, 1.0, 2.0, float("nan"), float("inf"), 1e30])
 TEXTS = st.sampled_from(["", "x", "toy/student", "auto"])
 VALUES = {int: st.integers(-3, 40), float: NUMBERS, str: TEXTS, bool: st.just("")}
+VALUES |= {list[str]: TEXTS}
 
 
 def flag(field: dataclasses.Field):

@@ -94,7 +94,7 @@ def in_our_columns(name: str, folder: Path, there: bool) -> tuple[str, str]:
         return name, name
     label = benchmarks.find(name)[0].name
     file = folder / f"{label}.parquet"
-    if common.rank() == 0 and not there:
+    if common.rank() == 0 and not (there and file.exists()):
         benchmarks.write(name, file)
     common.all_gather_object("written")
     return label, str(file)
