@@ -206,6 +206,13 @@ def test_the_mean_over_sets():
     assert found["metrics"] == {"acc@1": [75.0, None]}
 
 
+def test_a_category_that_waits_for_its_judge():
+    answers = [record(True, 0, category="a"), record(None, 1, category="b")]
+    found = scores.results(answers, [])["s"]
+    assert found["metrics"]["acc@1"][0] == found["metrics"]["balanced"][0] == 100
+    assert found["categories"]["b"]["metrics"] == {}
+
+
 # ------------------------------------------------------------------------------------------------ rules
 def verdict(text, answer, rule="answer", **more):
     row = {"problem": "?", "answer": answer, "rule": rule, "tolerance": 0.0}

@@ -198,7 +198,12 @@ def results(records: list[dict], ks: list[int]) -> dict:
             }
         whole["categories"] = parts
         for metric in list(whole["metrics"])[:1]:
-            means = {category: part["metrics"][metric][0] for category, part in parts.items()}
+            # a category may still wait for its judge
+            means = {
+                category: part["metrics"][metric][0]
+                for category, part in parts.items()
+                if metric in part["metrics"]
+            }
             whole["metrics"]["balanced"] = [round(balanced(means), 4), None]
     return found | over_sets(found)
 
