@@ -184,6 +184,17 @@ def test_every_answer_is_written_out_and_can_be_judged_anew(tiny, tmp_path):
     assert after != before and "pass@1" in after["toy/test"]["metrics"]
 
 
+def test_vllm_gets_many_batches_at_once(tmp_path):
+    """Greedy ones and sampled ones by themselves, each once, in their order."""
+    args = evaluate.Args(samples=4, rollout_batch=8)
+    jobs = evaluate.jobs_of({"a": range(150), "b": range(5)}, args, tmp_path)
+    assert [len(part) for part in evaluate.parts_of(jobs, args)] == [1] * len(jobs)
+    args.engine = "vllm"
+    parts = evaluate.parts_of(jobs, args)
+    assert [job for part in parts for job in part] == jobs
+    assert max(map(len, parts)) == 16 and all(len({j.samples for j in part}) == 1 for part in parts)
+
+
 # ------------------------------------------------------------------------------------------------ prompts
 def test_columns_that_are_named_as_a_benchmarks_are(tiny, tmp_path):
     """`rule` and `groups` may be anything in somebody's rows; a category may be a list."""

@@ -153,26 +153,38 @@ def jobs_of(sets: dict, args: Args, folder: Path) -> list[Job]:
     return jobs
 
 
-def answer(job: Job, engine, context: Callable, args: Args):
-    """Write what the model says to a job's questions."""
-    rows = [job.rows[i] for i in range(job.start, job.stop)]
-    asked = SimpleNamespace(group=job.samples, seed=args.seed)
-    greedy = job.samples == 0
-    samples = common.sample_responses(engine, rows, {"": context}, asked, greedy)
-    lines = []
-    for i, s in enumerate(samples):
-        record = s.row | {
-            "set": job.name,
-            "row": s.row["index"],
-            "sample": None if greedy else i % job.samples,
-            "prompt": engine.processor.render(context(s.row)),
-            "images": [f"{image.width} x {image.height}" for image in s.row["images"]],
-            "response": s.response.text,
-            "finished": s.response.finished,
-        }
-        del record["index"]
-        lines.append(json.dumps(record | rules.judge(record), ensure_ascii=False))
-    common.replace_text(job.file, "".join(f"{line}\n" for line in lines))
+def answer(jobs: list[Job], engine, context: Callable, args: Args):
+    """Write what the model says to the questions of these jobs, which have equally many samples."""
+    rows = [job.rows[i] for job in jobs for i in range(job.start, job.stop)]
+    n = jobs[0].samples
+    asked = SimpleNamespace(group=n, seed=args.seed)
+    samples = iter(common.sample_responses(engine, rows, {"": context}, asked, greedy=n == 0))
+    for job in jobs:
+        lines = []
+        for i in range((job.stop - job.start) * max(1, n)):
+            s = next(samples)
+            record = s.row | {
+                "set": job.name,
+                "row": s.row["index"],
+                "sample": i % n if n else None,
+                "prompt": engine.processor.render(context(s.row)),
+                "images": [f"{image.width} x {image.height}" for image in s.row["images"]],
+                "response": s.response.text,
+                "finished": s.response.finished,
+            }
+            del record["index"]
+            lines.append(json.dumps(record | rules.judge(record), ensure_ascii=False))
+        common.replace_text(job.file, "".join(f"{line}\n" for line in lines))
+
+
+def parts_of(jobs: list[Job], args: Args) -> list[list[Job]]:
+    """Jobs that are handed over together: one, but to vLLM, which fills the place of an answer that has ended, many."""
+    size = 16 if args.engine == "vllm" else 1
+    parts = []
+    for n in sorted({job.samples for job in jobs}):
+        same = [job for job in jobs if job.samples == n]
+        parts += [same[i : i + size] for i in range(0, len(same), size)]
+    return parts
 
 
 def answer_all(pending: list[Job], processor, context: Callable, args: Args):
@@ -180,9 +192,9 @@ def answer_all(pending: list[Job], processor, context: Callable, args: Args):
     engine = common.ENGINES[args.engine](args.model, processor, args)
     if args.calls:
         engine = reopold.Turns(engine, args)
-    mine = pending[common.rank() :: common.world_size()]
-    for job in tqdm(mine, "answering", disable=common.rank() > 0):
-        answer(job, engine, context, args)
+    mine = parts_of(pending[common.rank() :: common.world_size()], args)
+    for jobs in tqdm(mine, "answering", disable=common.rank() > 0):
+        answer(jobs, engine, context, args)
     engine.close()
     common.all_gather_object("answered")
 
