@@ -83,10 +83,12 @@ def is_first_error():
     """Asked once a rank. torchrun's store is there before the ranks know each other; its restarts count anew."""
     if not dist.is_torchelastic_launched() or os.getppid() == 1:  # torchrun is gone
         return True
-    # while it goes, torch would look for its store for five minutes
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=datetime.timedelta(0, 5)
-    )
+    port = int(os.environ["MASTER_PORT"])
+    wait = datetime.timedelta(seconds=5)
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, timeout=wait)
+    except RuntimeError:  # it is going
+        return True
     return store.add(f"errors {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
 
 
@@ -100,7 +102,8 @@ class Args:
     teacher: str = ""  # frozen checkpoint that marks every token
     data: str = ""  # training rows: .parquet, .json, .jsonl, .csv, a folder, or a hub name
     data_split: str = "train"  # which split of data
-    eval_data: list[str] = field(default_factory=list)  # sets of held-out rows with answers
+    # sets of held-out rows with answers; none: no evaluation
+    eval_data: list[str] = field(default_factory=list)
     eval_split: str = "test"  # which split of eval_data
     column_problem: str = "problem"  # column with the question
     column_images: str = "images"  # column with the image, or the list of images
@@ -476,7 +479,8 @@ def load_rows(args, processor, contexts, names, pick=0, optional=""):
             if view is not None:
                 processor.check(view, args.max_prompt)
 
-    numbers, data = data[" row"], data.with_transform(functools.partial(reader, decode))
+    numbers = data[" row"]
+    data = data.with_transform(functools.partial(reader, decode))
     bad = faults_of(data.with_transform(functools.partial(reader, list)), check, name)
     listed = "\n  ".join(
         [f"{len(bad)} of {len(data)} rows of {name!r} cannot be used:"]
@@ -831,8 +835,9 @@ class Model(nn.Module):
 
     def forward(self, batch, loss_fn=None):
         """batch: from Processor.batch, on any device. Returns hidden states [N, H], or loss_fn(hidden, head [V, H])."""
-        inputs = {key: value.to(device()) for key, value in batch.items()}
-        rows, cols = inputs.pop("rows"), inputs.pop("cols")
+        inputs = {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
+        rows = inputs.pop("rows")
+        cols = inputs.pop("cols")
         hidden = self.lm.model(**inputs, use_cache=False).last_hidden_state[rows, cols]  # [N, H]
         return hidden if loss_fn is None else loss_fn(hidden, self.lm.lm_head.weight)
 
@@ -913,7 +918,8 @@ class HFEngine:
     """transformers' generate on an unsharded copy of the student, in the compute dtype."""
 
     def __init__(self, name, processor, args):
-        self.processor, self.args = processor, args
+        self.processor = processor
+        self.args = args
         self.lm = Model(name, getattr(torch, args.dtype)).to(device()).lm
         ends = self.lm.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -978,7 +984,8 @@ class Sampler:
 
     def __init__(self, seeds, length):
         """seeds: one a response, of at most `length` tokens; None: greedy. log_probs: a [B] a step."""
-        self.log_probs, self.numbers = [], None
+        self.log_probs = []
+        self.numbers = None
         if seeds is not None:
             rows = [
                 torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
@@ -1016,7 +1023,9 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 
-        self.processor, self.args, self.asleep = processor, args, False
+        self.processor = processor
+        self.args = args
+        self.asleep = False
         self.gpu = torch.cuda.is_available()
         self.llm = LLM(
             model=locate(name),
@@ -1102,7 +1111,8 @@ class VLLMEngine:
         ids = [token for token, last in zip(prompt.ids, before) if token != image or last != image]
         if not prompt.images:
             return {"prompt_token_ids": ids}
-        patch, resample = self.processor.images.patch_size, self.processor.images.resample
+        patch = self.processor.images.patch_size
+        resample = self.processor.images.resample
         sizes = [(width * patch, height * patch) for _, height, width in prompt.grid.tolist()]
         images = [picture.resize(size, resample) for picture, size in zip(prompt.images, sizes)]
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
@@ -1130,7 +1140,8 @@ def sample_responses(engine, rows, contexts, args, greedy=False):
     Each is drawn with a seed of its own: from --seed, the row's number among all that the run draws, and its number in
     the group. A context may be None for a row that lacks what it shows; the sample then has no prompt of that name.
     """
-    samples, seeds = [], []
+    samples = []
+    seeds = []
     for row in rows:
         prompts = {}
         for name, context in contexts.items():
@@ -1174,7 +1185,8 @@ class Micro:
     def __init__(self, samples, contexts, processor, images=True):
         responses = [s.response for s in samples]
         prompts = [s.prompts[name] for name in contexts for s in samples]
-        self.samples, self.contexts = samples, len(contexts)
+        self.samples = samples
+        self.contexts = len(contexts)
         self.batch = processor.batch(prompts, responses * len(contexts), images)
         self.lengths = [sum(r.mask) for r in responses]
         tokens = [token for r in responses for token, sampled in zip(r.ids, r.mask) if sampled]
@@ -1567,10 +1579,13 @@ class Run:
             args.output
             or f"runs/{method}-{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
         )
-        self.args, self.path = args, Path(all_gather_object(name)[0])
+        self.args = args
+        self.path = Path(all_gather_object(name)[0])
         self.settings = {"file": f"{method}.py", **vars(args)}
         self.step = self.drawn = 0
-        self.own, self.values, self.noted = {}, {}, set()
+        self.own = {}
+        self.values = {}
+        self.noted = set()
         self.claim_folder()
 
     def load(self, processor, teacher, student=Model):
@@ -1602,7 +1617,8 @@ class Run:
             raise UserError(
                 f"--epochs {args.epochs} of {len(train)} rows do not fill one batch of --prompts {args.prompts}"
             )
-        self.train, self.order = train, data_order(len(train), args.prompts, args.seed)
+        self.train = train
+        self.order = data_order(len(train), args.prompts, args.seed)
         self.settings["rows"] = seed_of(texts_of(train))
         self.optimizer, self.schedule = make_optimizer(
             self.student, args, self.total * args.updates
@@ -1659,7 +1675,8 @@ class Run:
         finite, every rank stops before a weight moves.
         """
         loss = all_sum(self.backward(micros, names, terms, extras))
-        norm, lr = grad_norm(self.student), self.schedule.get_last_lr()[0]
+        norm = grad_norm(self.student)
+        lr = self.schedule.get_last_lr()[0]
         # waits for the device, once an update and after its last backward pass
         if not (loss + norm).isfinite():
             self.stop_not_finite(micros)
@@ -1742,7 +1759,8 @@ class Run:
 
     def evaluate(self, held_out, context):
         """Greedy accuracy (Acc@1) on each set of held-out rows, shared out over the ranks, and the mean of several."""
-        self.mark, found = time.perf_counter(), {}
+        self.mark = time.perf_counter()
+        found = {}
         for name, rows in held_out.items():
             mine = [rows[i] for i in range(rank(), len(rows), world_size())]
             samples = sample_responses(self.engine, mine, {"": context}, self.args, greedy=True)
@@ -1832,7 +1850,8 @@ class Run:
 
     def check_same(self):
         """Stop where the folder holds a run of other settings, or what is no run's."""
-        file, known = self.path / "args.json", self.settings
+        file = self.path / "args.json"
+        known = self.settings
         there = [name for name in OURS if (self.path / name).exists()]
         try:
             if there:
@@ -1877,7 +1896,8 @@ class Run:
     def finish(self):
         """Say what was learned, and where to look."""
         self.engine.close()
-        before, after = self.own.get("acc@1 at first"), self.last.get("acc@1")
+        before = self.own.get("acc@1 at first")
+        after = self.last.get("acc@1")
         learned = f"held-out accuracy {before:.1%} -> {after:.1%}. " if before is not None else ""
         say(
             f"{self.total} steps done. {learned}{self.path}/samples.jsonl holds answers, metrics.jsonl the curves, "
@@ -1893,7 +1913,8 @@ class Run:
 
         Aside first and then in place: what has a checkpoint's name is whole. final/ has no state.
         """
-        aside, config = self.path / f"{folder}.partial", self.processor.config
+        aside = self.path / f"{folder}.partial"
+        config = self.processor.config
         # Qwen3-VL's says it of the language model alone
         dtype = config.dtype or config.get_text_config().dtype or torch.float32
         weights = {}
@@ -1977,7 +1998,8 @@ def bits_of(model):
 
 def data_order(rows, prompts, seed):
     """Endless batches of `prompts` row numbers, the same on every rank: every epoch a fresh shuffle."""
-    generator, queue = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    queue = []
     while True:
         while len(queue) < prompts:
             queue += torch.randperm(rows, generator=generator).tolist()

@@ -246,6 +246,28 @@ def accuracy(engine, rows, context) -> float:
     return run.own["acc@1 at first"]
 
 
+def reads_beside_a_sampler(monkeypatch) -> list[bool]:
+    """For each pass of a model from now on, whether the sampler was awake: vLLM would hold the memory for it."""
+    awake, read = [False], []
+    generate, forward = common.HFEngine.generate, common.Model.forward
+
+    def generating(self, *args):
+        awake[0] = True
+        return generate(self, *args)
+
+    def sleeping(self):
+        awake[0] = False
+
+    def reading(self, *args):
+        read.append(awake[0])
+        return forward(self, *args)
+
+    monkeypatch.setattr(common.HFEngine, "generate", generating)
+    monkeypatch.setattr(common.HFEngine, "sleep", sleeping)
+    monkeypatch.setattr(common.Model, "forward", reading)
+    return read
+
+
 def distance(a: dict, b: dict) -> float:
     """Relative L2 distance of two gradients, parameter by parameter; b is the reference."""
     difference = sum((a[name].double() - b[name].double()).square().sum() for name in b)

@@ -3,11 +3,11 @@
 import json
 import math
 
-from tools import figures
+from tools import figures, scores
 
 import pytest
 import torch
-from conftest import flags, run_here, run_script
+from conftest import flags, reads_beside_a_sampler, run_here, run_script
 
 NOT_READ = dict.fromkeys(("max_steps", "prompts", "data", "eval_every"))
 
@@ -44,8 +44,8 @@ def test_the_angle_between_two_gradients():
 
 
 def test_shifts_and_pass_at_on_worked_examples():
-    assert [figures.pass_at(n, 2, 4) for n in (1, 2, 3, 4)] == [0.5, 1 - 1 / 6, 1.0, 1.0]
-    assert figures.pass_at(2, 0, 4) == 0
+    assert [scores.pass_at(4, 2, n) for n in (1, 2, 3, 4)] == [0.5, 1 - 1 / 6, 1.0, 1.0]
+    assert scores.pass_at(4, 0, 2) == 0
     z, y = torch.randn(2, 3, 6, dtype=torch.float64)
     ids = torch.tensor([5, 0, 2])
     nll, nll_hint, kl, kl_hint = figures.shifts(z, y, ids)
@@ -80,3 +80,13 @@ def test_what_has_no_figure_is_refused(method, argv):
     assert (
         result.returncode != 0 and "error: " in result.stderr and "Traceback" not in result.stderr
     )
+
+
+@pytest.mark.parametrize("command", ["vgs.py", "tools.figures vgs", "tools.figures ptdpo"])
+def test_the_sampler_sleeps_while_models_read(tiny, tmp_path, monkeypatch, command):
+    read = reads_beside_a_sampler(monkeypatch)
+    settings = {"max_response": 20} if command == "vgs.py" else NOT_READ | {"eval_rows": 4}
+    if "ptdpo" in command:
+        settings |= {"teacher": None}
+    result = run_here(*command.split(), *flags(tiny, tmp_path / "run", **settings))
+    assert result.returncode == 0 and read and not any(read), result.stderr

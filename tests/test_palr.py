@@ -10,7 +10,7 @@ from tools import palr
 import datasets
 import pytest
 import torch
-from conftest import flags, run_here, run_script
+from conftest import flags, reads_beside_a_sampler, run_here, run_script
 from exact import read
 from gradients_vigos import teach_form
 
@@ -173,6 +173,12 @@ def test_against_float64(tiny, parrot, tmp_path):
     assert result.returncode == 0, result.stderr
     assert two["used"] == found["used"]
     assert two["palr"]["opsd"] == pytest.approx(found["palr"]["opsd"], rel=1e-3)
+
+
+def test_the_sampler_sleeps_while_models_read(tiny, parrot, tmp_path, monkeypatch):
+    read = reads_beside_a_sampler(monkeypatch)
+    result, _ = measure(tiny, parrot, tmp_path / "run")
+    assert result.returncode == 0 and read and not any(read), result.stderr
 
 
 def test_the_teacher_of_a_trained_student_has_to_be_named(tiny, tmp_path):

@@ -385,6 +385,5 @@ def test_ranks_do_not_wait_long_for_a_torchrun_that_was_killed(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
     since = time.monotonic()
-    with pytest.raises(RuntimeError, match="timed out"):
-        common.is_first_error()
+    assert common.is_first_error()  # and its sentence is said
     assert time.monotonic() - since < 20

@@ -221,7 +221,7 @@ def rescore(folder: Path, ks: list[int]):
             verdict = rules.judge(record)
             changed += verdict["right"] != record["right"]
             records[record["set"], record["row"], record["sample"]] = record | verdict
-        except Exception as e:  # whatever was written there by hand
+        except (ValueError, LookupError, TypeError, AttributeError) as e:  # written there by hand
             raise common.UserError(
                 f"line {n} of {file} is no answer ({e!r:.200}): mend it, or take it out. Nothing was changed"
             )
@@ -255,7 +255,9 @@ def load_sets(args: Args, processor, context: Callable, folder: Path) -> dict:
 def begin(run: common.Run, sets: dict, context: Callable):
     """Stop where the folder holds answers of other rows, prompts, weights or batches; else note them there."""
     # of a hub name there are none; template and config count as weights do
-    files = Path(common.locate(run.args.model)).glob("*.[sj]*")
+    files = []
+    for kind in ("safetensors", "json", "jinja"):
+        files += Path(common.locate(run.args.model)).glob(f"*.{kind}")
     first, *_ = sets.values()
     run.settings |= {
         "rows of sets": common.seed_of(*map(common.texts_of, sets.values())),

@@ -15,6 +15,7 @@ import sys
 import common
 import ptdpo
 import vgs
+from tools import scores
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ def show(line):
 def angles(run, data, args) -> list[dict]:
     """For each tenth of the visual dependency: the gradients' norms, and the angles between them in degrees."""
     samples = vgs.rollout(my_rows(data), run, args)
+    run.engine.sleep()
     micros = vgs.score(samples, run, args)
     vds = torch.cat([m.vds for m in micros])
     deciles = common.quantile(vds, [i / 10 for i in range(1, 10)])
@@ -115,11 +117,6 @@ def shifts(*tensors: Tensor) -> tuple[Tensor, ...]:
     log_q = [common.log_softmax(z) for z in logits]
     nll = [-common.gather(x, ids) for x in log_q]
     return *nll, *(common.kl(x, log_q[0]) for x in log_q)
-
-
-def pass_at(n, right, group) -> float:
-    """The chance that n of the `group` answers, drawn without putting back, hold one of the `right` right ones."""
-    return 1 - math.comb(group - right, n) / math.comb(group, n)
 
 
 def mean_shifts(samples, run, args) -> dict[str, tuple[float, float]]:
@@ -164,6 +161,7 @@ def contexts_table(run, data, args) -> list[dict]:
         seen = views if name == "question" else {name: views[name]}
         answers[name] = common.sample_responses(run.engine, rows, seen, args)
         common.reward_answers(answers[name], args.group)
+    run.engine.sleep()
     shifted = mean_shifts(answers["question"], run, args)
     table, failed = [], []
     for name, samples in answers.items():
@@ -177,7 +175,7 @@ def contexts_table(run, data, args) -> list[dict]:
         for n in (1, 2, 4, 8, 16, 32):
             if n > args.group:
                 break
-            chances = [pass_at(n, number, args.group) for number in right]
+            chances = [scores.pass_at(args.group, number, n) for number in right]
             line[f"pass@{n}"] = sum(chances) / len(chances)
         line["hard"] = len(hard)
         line["hard_none"] = hard.count(0)

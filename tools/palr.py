@@ -92,6 +92,7 @@ def respond(rows, run: common.Run, args: Args) -> list[common.Sample]:
     asked = dataclasses.replace(args, group=1 + tries)
     questions = {"student": vigos.question}
     samples = common.sample_responses(run.engine, [rows[i] for i in mine], questions, asked)
+    run.engine.sleep()
     answers = rows.with_format(None)[args.column_answer]
     measured = samples[:: 1 + tries]
     common.reward_answers(measured, 1)

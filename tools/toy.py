@@ -485,15 +485,15 @@ def once(folder: Path, make):
         print(f"making the embedded default in {folder}", file=sys.stderr)
         try:
             make(aside)
+            aside.rename(folder)
         except KeyboardInterrupt:
-            shutil.rmtree(aside, ignore_errors=True)
             sys.exit("\ninterrupted: nothing was kept, the next start makes it again")
         except OSError as e:
-            shutil.rmtree(aside, ignore_errors=True)
             sys.exit(
                 f"error: {aside} cannot be written ({e}): it needs 30 MB; CLEANOPD_CACHE names another place"
             )
-        aside.rename(folder)
+        finally:  # whatever ended it: an interrupt in the middle of an import is an ImportError
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def in_cache(name: str) -> Path:
